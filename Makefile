@@ -1,0 +1,53 @@
+# make setup   .venv with everything in it        make test    lint, types, tests
+# make serve   a real model answering on HOST:PORT make bench   the benchmarks
+#
+# TORCH names the build of PyTorch; PIP_ARGS goes to every pip install (say --index-url or
+# --extra-index-url where the CPU builds are elsewhere than the default index).
+PYTHON   ?= python3
+TORCH    ?= torch==2.13.0
+PIP_ARGS ?=
+HOST     ?= 127.0.0.1
+PORT     ?= 8000
+MODEL    ?= smollm2
+ARGS     ?=
+BENCH    ?= batching throughput latency prefix books
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.astrai-setup
+
+.PHONY: setup serve test test-slow bench format clean
+
+setup: $(STAMP)
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself, so that nothing after it can choose another build.
+$(STAMP): pyproject.toml Makefile | $(BIN)/pip
+	$(BIN)/python -m pip install $(PIP_ARGS) '$(TORCH)'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[serve,dev]'
+	@touch $@
+
+serve: setup
+	$(BIN)/astrai pull '$(MODEL)'
+	$(BIN)/astrai serve --model '$(MODEL)' --host '$(HOST)' --port '$(PORT)' $(ARGS)
+
+test: setup
+	$(BIN)/ruff check astrai tests
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+bench: setup
+	for name in $(BENCH); do $(BIN)/astrai bench $$name $(ARGS) || exit 1; done
+
+format: setup
+	$(BIN)/ruff check --fix astrai tests
+	$(BIN)/ruff format astrai tests
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find astrai tests -name __pycache__ -type d -prune -exec rm -rf {} +
