@@ -1,0 +1,42 @@
+"""AstrAI: continuous batching over a paged, prefix-shared KV cache that you can watch and record.
+
+The names below are the library's front door. They load on first use: `import astrai` is free.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from astrai.config import EngineConfig
+    from astrai.inference.async_engine import AsyncEngine
+    from astrai.inference.llm import LLM, CompletionOutput, RequestOutput
+    from astrai.inference.sampling_params import SamplingParams
+
+_HOMES = {
+    "LLM": "astrai.inference.llm",
+    "RequestOutput": "astrai.inference.llm",
+    "CompletionOutput": "astrai.inference.llm",
+    "AsyncEngine": "astrai.inference.async_engine",
+    "SamplingParams": "astrai.inference.sampling_params",
+    "EngineConfig": "astrai.config",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'astrai' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

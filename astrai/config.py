@@ -1,0 +1,59 @@
+"""One frozen dataclass per concern. `None` means: decided at start, and printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from astrai.inference.scheduler import GroupDecode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides how an engine runs. A page is `page_size` tokens."""
+
+    model: str = "smollm2"  # a preset or default name, a directory, a GGUF file, or a hub id
+    dtype: str | None = (
+        None  # "float32", "bfloat16", "float16"; None: what measures fastest on the device
+    )
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: cuda if there is one
+    load_format: str = "auto"  # "dummy": random weights in the model's real shape
+    threads: int | None = None  # CPU threads; None: PyTorch's choice
+    max_slots: int = 8  # tasks that run at once
+    page_size: int = 64
+    kv_tokens: int | None = (
+        None  # KV positions in the pool; None: enough for every slot, within kv_bytes
+    )
+    kv_bytes: int = 2 << 30  # bound on the pool when kv_tokens is None
+    max_model_len: int | None = (
+        None  # None: the model's own context, or what the pool holds if that is less
+    )
+    prefill_budget: int = 512
+    ageing_ticks: int = 256
+    group_decode: GroupDecode = "pages"
+    prefix_cache: bool = True
+    batching: Literal["continuous", "static"] = "continuous"  # static is there to be measured
+    attention: str = "auto"  # a backend of kernels/attention; auto: by device
+    max_waiting: int = 4096  # requests in the queue past which a new one is refused
+    seed: int = 0  # requests without a seed of their own get one derived from this and their number
+    record: str | None = None  # write every event to this JSONL file
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_slots",
+            "page_size",
+            "prefill_budget",
+            "ageing_ticks",
+            "kv_bytes",
+            "max_waiting",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+        for name in ("threads", "kv_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}, expected at least 1 or None")
+        if self.page_size % 16:
+            raise ValueError(f"page_size = {self.page_size}, expected a multiple of 16")
+        if self.group_decode not in ("position", "pages", "all", "off"):
+            raise ValueError(f"{self.group_decode = }, expected position, pages, all or off")

@@ -1,0 +1,1 @@
+"""A request's way through the engine: engine → scheduler → cache → runner → sampler → text."""
