@@ -1,0 +1,92 @@
+"""One log, many readers: every decision of the scheduler as a small event.
+
+With no reader attached an event costs one truth test at the place that would emit it:
+
+    if events:
+        events.emit("admit", task.id, slot, cached)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# kind → the names of its values, in order. Every event also carries the tick in which it was
+# decided.
+KINDS: dict[str, tuple[str, ...]] = {
+    "arrive": ("task", "request", "n_prompt", "max_tokens", "priority"),
+    "refuse": ("request", "why"),
+    "tick": ("time", "n_running", "n_waiting", "free", "cached", "held"),
+    "wait": (
+        "reason",
+        "head",
+        "n_waiting",
+    ),  # why the head of the queue, and so everybody behind it, waits
+    "admit": ("task", "slot", "n_cached"),
+    "fork": ("task", "of", "n_shared"),
+    "take": ("task", "frames"),  # page frames that were free and are now held
+    "share": ("task", "frames"),  # page frames held or cached, now held by one more
+    "evict": ("frames",),  # cached page frames that became free
+    "copy": ("task", "source", "target"),
+    "index": ("task", "frames"),  # full pages that the prefix cache can find from now on
+    "return": ("task", "frames"),  # frames the task let go of, in this order
+    "prefill": ("task", "start", "count"),
+    "decode": ("tasks",),
+    "groups": ("sizes",),  # how the decode entries share dense matmuls
+    "preempt": ("task", "by"),
+    "first_token": ("task", "time"),
+    "end": ("task", "reason", "n_output", "time"),
+}
+
+Reader = Callable[[int, str, tuple[Any, ...]], None]
+
+
+class EventLog:
+    """Hands each event to the attached readers, in the owner thread. Falsy while nobody reads."""
+
+    __slots__ = ("_readers", "tick")
+
+    def __init__(self) -> None:
+        self.tick = 0
+        self._readers: list[Reader] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
+    def attach(self, reader: Reader) -> None:
+        """Call `reader(tick, kind, values)` for every event from now on."""
+        self._readers.append(reader)
+
+    def detach(self, reader: Reader) -> None:
+        self._readers.remove(reader)
+
+    def emit(self, kind: str, *values: Any) -> None:
+        for reader in self._readers:
+            reader(self.tick, kind, values)
+
+
+class JsonlWriter:
+    """Writes each event as one JSON object per line: `{"tick": 7, "event": "admit", "task": 3,
+    ...}`.
+
+    Owns the file. A full disk ends the recording, not the engine: `error` then says why.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.error: str | None = None
+        self._file = self.path.open("w", encoding="utf-8")
+
+    def __call__(self, tick: int, kind: str, values: tuple[Any, ...]) -> None:
+        if self.error is not None:
+            return
+        record = {"tick": tick, "event": kind, **dict(zip(KINDS[kind], values, strict=True))}
+        try:
+            self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        except OSError as error:
+            self.error = f"recording to {self.path} stopped: {error}"
+
+    def close(self) -> None:
+        self._file.close()

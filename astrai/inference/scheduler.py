@@ -1,0 +1,413 @@
+"""Who runs, what each tick computes, and why the others wait. Plain data in and out, no torch."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from astrai.inference.cache.bitmask import BitMask
+from astrai.inference.cache.books import Books
+from astrai.inference.events import EventLog
+from astrai.inference.task import (
+    WAIT_REASONS,
+    Entry,
+    FinishReason,
+    Outcome,
+    Plan,
+    Task,
+    TokenLogprob,
+    Update,
+    WaitReason,
+)
+
+GroupDecode = Literal["position", "pages", "all", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The three budgets of admission and the order in it."""
+
+    max_slots: int
+    prefill_budget: int = 512  # prompt positions per tick: the longest a decode step can be held up
+    ageing_ticks: int = (
+        256  # one step of priority is worth this many ticks of waiting, so nothing starves
+    )
+    group_decode: GroupDecode = "pages"
+    batching: Literal["continuous", "static"] = (
+        "continuous"  # static: refill only when every slot is free
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_slots", "prefill_budget", "ageing_ticks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+
+
+class Results(NamedTuple):
+    """What became of a plan: one outcome per entry, in the plan's order."""
+
+    plan: Plan
+    outcomes: Sequence[Outcome]
+
+
+class Scheduler:
+    """Turns queues and page counts into plans, once per tick.
+
+    One owner thread calls `add`, `abort` and `tick`; nothing else touches a task, a page or a slot.
+
+    Invariants, checked by `check`:
+      - a task is in exactly one of waiting, running, held back by its leader, ended;
+      - running tasks, and only they, own a slot and pages.
+
+    Owns tasks, slots and the order of both. Does not own page state (Books) nor anything on a
+    device (the runner).
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, books: Books, clock: Callable[[], float], events: EventLog
+    ) -> None:
+        self.config = config
+        self.books = books
+        self.events = events
+        self.n_tick = 0
+        self.running: dict[int, Task] = {}  # task id → task, in order of admission
+        self.waiting: list[
+            tuple[tuple[int, int, int], Task]
+        ] = []  # heap by key; ended tasks leave when they surface
+        self.tasks: dict[int, Task] = {}  # every task that has not ended
+        self.free_slots = BitMask(config.max_slots)  # free = ~occupied
+        self.blocked: WaitReason | None = None  # why the head of the queue waits
+        self.wait_ticks: dict[str, int] = dict.fromkeys(WAIT_REASONS, 0)
+        self.n_preemptions = 0
+        self._clock = clock
+        self._updates: dict[int, Update] = {}
+        self._aborted: list[Task] = []
+        self._clears: list[int] = []
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────
+
+    def check_fits(self, task: Task) -> None:
+        """Raise ValueError, with both numbers, if the task could never fit. Any thread may ask."""
+        needed, total = self.books.n_pages_for(task.max_positions), self.books.pool.n_pages
+        if needed > total:
+            raise ValueError(
+                f"the request needs {needed} pages of {self.books.page_size} positions (prompt "
+                f"{task.n_prompt} + max_tokens {task.max_tokens}), the whole pool has {total}"
+            )
+
+    def add(self, task: Task) -> None:
+        """Queue a task. Raises ValueError if it could never fit."""
+        self.check_fits(task)
+        task.arrived_at = self._clock()
+        aged = self.n_tick + task.priority * self.config.ageing_ticks
+        task.key = (aged, task.id, 0)
+        if self.events:
+            self.events.emit(
+                "arrive", task.id, task.request_id, task.n_prompt, task.max_tokens, task.priority
+            )
+        for sibling in task.siblings:
+            sibling.arrived_at, sibling.key = task.arrived_at, (aged, task.id, sibling.index)
+            sibling.leader = task
+            self.tasks[sibling.id] = sibling
+        self._enqueue(task)
+
+    def abort(self, task_id: int) -> None:
+        """End a task at the next Cleanup; unknown or ended ids are fine."""
+        if task := self.tasks.get(task_id):
+            self._aborted.append(task)
+
+    # ── the tick ──────────────────────────────────────────────────────────────────────────────────
+
+    def tick(self, results: Results | None = None) -> Plan:
+        """One turn of the loop: apply what came back, admit, and plan the next launch."""
+        self.n_tick += 1
+        self.events.tick = self.n_tick
+        plan = Plan(self.n_tick)
+        self.cleanup(results)
+        self.refill(plan)
+        self.prefill(plan)
+        self.decode(plan)
+        if plan.entries:
+            plan.clears, self._clears = self._clears, []
+        if self.events:
+            free, cached, held, _ = self.books.counts
+            self.events.emit(
+                "tick", self._clock(), len(self.running), self.n_waiting, free, cached, held
+            )
+        return plan
+
+    def cleanup(self, results: Results | None) -> None:
+        """Take the tokens of an earlier launch, end tasks, give back their pages and slots."""
+        if results is not None:
+            entries = results.plan.entries.values()
+            for entry, outcome in zip(entries, results.outcomes, strict=True):
+                self._apply(entry, outcome)
+        for task in self._aborted:
+            self._end(task, "abort")
+        self._aborted.clear()
+
+    def refill(self, plan: Plan) -> None:
+        """Admit waiting tasks in order while slots, pages and prefill budget last; write down why
+        not.
+
+        The head of the queue is never skipped, so what blocks it is why everybody behind it waits
+        too.
+        """
+        blocked: WaitReason | None = None
+        backlog = sum(task.wanted for task in self.running.values() if task.prefilling)
+        if self.config.batching == "static" and self.running:
+            blocked = "slots"
+        while self.waiting and blocked is None:
+            task = self.waiting[0][1]
+            if task.finish_reason is not None:
+                heapq.heappop(self.waiting)
+            elif (blocked := self._why_not(task, backlog, plan)) is None:
+                heapq.heappop(self.waiting)
+                self._seat(task)
+                backlog += task.wanted
+        if blocked is not None:
+            self.wait_ticks[blocked] += 1
+        if blocked != self.blocked and self.events and blocked is not None:
+            self.events.emit("wait", blocked, self.waiting[0][1].id, self.n_waiting)
+        self.blocked = blocked
+
+    def prefill(self, plan: Plan) -> None:
+        """Prompt chunks in order of admission, under the budget. The pages are there."""
+        budget = self.config.prefill_budget
+        for task in self.running.values():
+            if budget == 0:
+                break
+            if task.prefilling:
+                count = min(task.wanted, budget)
+                budget -= count
+                self._plan_entry(plan, task, count)
+                if self.events:
+                    self.events.emit("prefill", task.id, task.computed - count, count)
+
+    def decode(self, plan: Plan) -> None:
+        """One position for every task whose prompt is done; pages grow on demand.
+
+        Terminates, and somebody always advances: each preemption frees at least one page and never
+        takes the oldest task, which `add` made sure fits alone.
+        """
+        steps: list[Task] = []
+        for task in list(self.running.values()):
+            # A preemption below can end the turn of a task later in this list; one in the plan had
+            # its turn above.
+            if task.slot < 0 or task in plan.entries or task.prefilling or task.exhausted:
+                continue
+            if self._grow(task, plan):
+                self._plan_entry(plan, task, 1)
+                steps.append(task)
+        steps = [task for task in steps if task in plan.entries]
+        plan.groups = self._group(steps)
+        if steps and self.events:
+            self.events.emit("decode", [task.id for task in steps])
+            self.events.emit("groups", [len(group) for group in plan.groups])
+
+    # ── what the edge and the engine ask ──────────────────────────────────────────────────────────
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self.tasks
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self.tasks) - len(self.running)
+
+    def drain_updates(self) -> list[Update]:
+        """What happened to each task since the last call."""
+        updates = list(self._updates.values())
+        self._updates.clear()
+        return updates
+
+    def check(self) -> None:
+        """Raise RuntimeError with the numbers if an invariant is broken."""
+        self.books.check(self.running.values())
+        slots = sorted(task.slot for task in self.running.values())
+        free = list(self.free_slots)
+        if sorted(slots + free) != list(range(self.config.max_slots)):
+            raise RuntimeError(
+                f"slots of running tasks {slots} and {free = } are not all slots once"
+            )
+        for task in self.tasks.values():
+            if task.id not in self.running and (task.slot >= 0 or task.page_table):
+                raise RuntimeError(
+                    f"task {task.id} does not run, but has {task.slot = }, {task.page_table = }"
+                )
+
+    # ── pieces of the phases ──────────────────────────────────────────────────────────────────────
+
+    def _enqueue(self, task: Task) -> None:
+        self.tasks[task.id] = task
+        task.wait_mark = dict(self.wait_ticks)
+        heapq.heappush(self.waiting, (task.key, task))
+
+    def _apply(self, entry: Entry, outcome: Outcome) -> None:
+        task = entry.task
+        if entry.samples:
+            task.pending -= 1
+        if task.finish_reason is not None:
+            return  # it ended while this launch ran: the extra token is dropped
+        if outcome.error is not None:
+            self._end(task, "error", error=outcome.error)
+            return
+        if entry.epoch == task.epoch and task.slot >= 0:
+            task.prompt_logprobs += outcome.prompt_logprobs
+        if entry.samples:
+            self._take_token(task, outcome)
+        if task.finish_reason is None and entry.epoch == task.epoch and task.slot >= 0:
+            self.books.commit(task, entry.start + entry.n)
+
+    def _take_token(self, task: Task, outcome: Outcome) -> None:
+        token = outcome.token
+        task.tokens.append(token)
+        if task.first_token_at is None:
+            task.first_token_at = self._clock()
+            if self.events:
+                self.events.emit("first_token", task.id, task.first_token_at)
+            self._release_siblings(task)
+        self._report(task, [token], [outcome.logprob] if outcome.logprob else [])
+        matched = None
+        if task.stop_check is not None:
+            try:
+                matched = task.stop_check(token)
+            except Exception as error:  # what breaks in a request's own text ends that request only
+                self._end(task, "error", error=f"stop strings: {type(error).__name__}: {error}")
+                return
+        if token in task.stop_ids and task.n_output > task.params.min_tokens:
+            self._end(task, "stop", stop_reason=token)
+        elif matched is not None:
+            self._end(task, "stop", stop_reason=matched)
+        elif task.n_output >= task.max_tokens:
+            self._end(task, "length")
+
+    def _release_siblings(self, leader: Task) -> None:
+        """The prompt is computed (or never will be): the other choices may be admitted."""
+        for sibling in leader.siblings:
+            if sibling.finish_reason is None:
+                self._enqueue(sibling)
+        leader.siblings = []
+
+    def _end(
+        self,
+        task: Task,
+        reason: FinishReason,
+        *,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+    ) -> None:
+        if task.finish_reason is not None:
+            return
+        task.finish_reason, task.stop_reason, task.error = reason, stop_reason, error
+        task.ended_at = self._clock()
+        if task.slot >= 0:
+            self.books.commit(
+                task, min(task.computed, len(task.tokens) - 1) if reason != "error" else 0
+            )
+            self._unseat(task, keep=reason != "error")
+        self._release_siblings(task)
+        del self.tasks[task.id]
+        self._report(task, [], [])
+        if self.events:
+            self.events.emit("end", task.id, reason, task.n_output, task.ended_at)
+
+    def _report(self, task: Task, token_ids: list[int], logprobs: list[TokenLogprob]) -> None:
+        if before := self._updates.get(task.id):
+            token_ids, logprobs = before.token_ids + token_ids, before.logprobs + logprobs
+        self._updates[task.id] = Update(task, token_ids, logprobs, task.finish_reason)
+
+    def _why_not(self, task: Task, backlog: int, plan: Plan) -> WaitReason | None:
+        """Give the head of the queue its pages, or say which budget refuses it."""
+        if task.pending:
+            return "results"  # preempted, and its last token is still on the device
+        if not len(self.free_slots):
+            return "slots"
+        if backlog >= self.config.prefill_budget:
+            return "prefill"
+        # Some head room for those who run: else a newcomer's prefill would be the next preemption.
+        reserve = 1 + len(self.running) // 8 if self.running else 0
+        leader = task.leader
+        if (
+            leader is not None
+            and leader.slot >= 0
+            and leader.computed >= task.n_prompt
+            and not task.n_output
+        ):
+            copy = self.books.fork(task, leader, reserve)
+            if copy is None:
+                return "pages"
+            if copy[0] >= 0:
+                plan.copies.append(copy)
+            if self.events:
+                self.events.emit("fork", task.id, leader.id, task.computed)
+            return None
+        return None if self.books.admit(task, reserve) else "pages"
+
+    def _seat(self, task: Task) -> None:
+        task.slot = self.free_slots.take()
+        task.epoch += 1
+        task.leader = None
+        self.running[task.id] = task
+        for reason, ticks in self.wait_ticks.items():
+            if waited := ticks - task.wait_mark[reason]:
+                task.waits[reason] = task.waits.get(reason, 0) + waited
+        if task.admitted_at is None:
+            task.admitted_at = self._clock()
+            task.n_cached = min(task.computed, task.n_prompt)
+        if self.events:
+            self.events.emit("admit", task.id, task.slot, task.computed)
+
+    def _unseat(self, task: Task, keep: bool = True) -> None:
+        if not keep:
+            self._clears += [f for f in task.page_table if self.books.pool.refs[f] == 1]
+        self.books.release(task, keep)
+        self.free_slots.put(task.slot)
+        task.slot = -1
+        del self.running[task.id]
+
+    def _plan_entry(self, plan: Plan, task: Task, count: int) -> None:
+        start = task.computed
+        samples = start + count == task.target
+        plan.entries[task] = Entry(task, start, count, samples, task.epoch)
+        task.computed = start + count
+        if samples:
+            task.pending += 1
+
+    def _grow(self, task: Task, plan: Plan) -> bool:
+        """A page for the next position, if need be the youngest task's; False if that is `task`."""
+        while not self.books.grow(task, task.computed + 1):
+            victim = max(self.running.values(), key=lambda other: other.key)
+            self._preempt(victim, task, plan)
+            if victim is task:
+                return False
+        return True
+
+    def _preempt(self, victim: Task, by: Task, plan: Plan) -> None:
+        """Free its pages, keep its tokens, compute it again later."""
+        if (entry := plan.entries.pop(victim, None)) is not None and entry.samples:
+            victim.pending -= 1
+        self._unseat(victim)
+        if not victim.n_output:
+            victim.prompt_logprobs.clear()
+        victim.n_preempted += 1
+        self.n_preemptions += 1
+        self._enqueue(victim)
+        if self.events:
+            self.events.emit("preempt", victim.id, by.id)
+
+    def _group(self, steps: list[Task]) -> list[list[Task]]:
+        """Decode entries that share one dense matmul, by what their attention has in common."""
+        kind = self.config.group_decode
+        if kind == "all" or not steps:
+            return [steps] if steps else []
+        if kind == "off":
+            return [[task] for task in steps]
+        groups: dict[int, list[Task]] = {}
+        for task in steps:
+            key = task.computed if kind == "position" else len(task.page_table)
+            groups.setdefault(key, []).append(task)
+        return list(groups.values())

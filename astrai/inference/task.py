@@ -1,0 +1,176 @@
+"""One request inside the engine, as a few integers from which the rest is derived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from astrai.inference.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+WaitReason = Literal["slots", "pages", "prefill", "results"]
+WAIT_REASONS: tuple[WaitReason, ...] = ("slots", "pages", "prefill", "results")
+Ranked = tuple[tuple[int, float], ...]  # (token id, log-probability), most probable first
+
+
+class TokenLogprob(NamedTuple):
+    """What the model thought of one token: log-probability, rank (1 = first), alternatives."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: Ranked
+
+
+class Outcome(NamedTuple):
+    """What one entry of a plan gave."""
+
+    token: int = -1  # -1: the entry samples nothing, or there is an error
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # of the prompt positions this entry computed
+    error: str | None = None  # this row could not be sampled (for instance NaN logits)
+
+
+NOTHING = Outcome()
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A task's tokens, how far they are computed, and what it holds.
+
+        0              n_prompt                computed        len(tokens)       target
+        ├─────────────────┼───────────────────────┼──────────────────┼──────────────┤
+        │     prompt      │            output      known to the host │   pending    │
+        ├─────── KV launched (in its pages) ───────┤◄───────── wanted ──────────────┤
+
+    `pending` tokens are sampled by launches whose results are not read back yet. A decode step is
+    the case `wanted == 1`; a prefill chunk is any other. Preemption sets `computed` to 0 and keeps
+    the tokens.
+
+    Owns its tokens and counters; its page frames and slot belong to it only while the books and the
+    scheduler say so.
+    """
+
+    id: int
+    request_id: str
+    prompt: list[int]  # never changed; choices of one request share it
+    params: SamplingParams
+    max_tokens: int  # resolved: never None, and prompt + max_tokens fits the context
+    seed: int
+    stop_ids: frozenset[int] = frozenset()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_check: Callable[[int], str | None] | None = (
+        None  # sees each new token; a matched stop string ends the task
+    )
+    namespace: str = ""
+    priority: int = 0
+    index: int = 0  # which of the n choices of its request
+    siblings: list[Task] = field(
+        default_factory=list
+    )  # the other choices, to be forked once the prompt is computed
+
+    tokens: list[int] = field(init=False)  # prompt, then output
+    n_prompt: int = field(init=False)
+    computed: int = 0
+    pending: int = 0
+    page_table: list[int] = field(default_factory=list)
+    n_indexed: int = 0  # leading pages of the table that the prefix cache can find, or never will
+    slot: int = -1
+    epoch: int = 0  # admissions so far: results of an earlier one must not touch the present pages
+    leader: Task | None = None  # the sibling whose pages a fork shares
+
+    key: tuple[int, int, int] = (0, 0, 0)  # order of admission: aged arrival, request, choice
+    n_cached: int = 0  # prompt positions found in the cache at the first admission
+    n_preempted: int = 0
+    waits: dict[str, int] = field(default_factory=dict)  # reason → ticks
+    wait_mark: dict[str, int] = field(
+        default_factory=dict
+    )  # the scheduler's counters when the wait began
+    arrived_at: float = 0.0
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # grows chunk by chunk
+
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.n_prompt = len(self.prompt)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Prompt chunks give the log-probabilities of their tokens, once."""
+        return self.params.prompt_logprobs is not None and self.index == 0 and self.n_output == 0
+
+    @property
+    def n_output(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def target(self) -> int:
+        return len(self.tokens) + self.pending
+
+    @property
+    def wanted(self) -> int:
+        return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def prefilling(self) -> bool:
+        """Its next entry is a prefill chunk: the prompt, or what a preemption threw away."""
+        return self.computed < self.n_prompt or self.wanted > 1
+
+    @property
+    def exhausted(self) -> bool:
+        """Everything it may say is said or on its way."""
+        return self.n_output + self.pending >= self.max_tokens
+
+    @property
+    def max_positions(self) -> int:
+        """KV positions it can need at most: the last token it samples is never fed back."""
+        return self.n_prompt + self.max_tokens - 1
+
+
+class Entry(NamedTuple):
+    """`n` positions from `start` on: a prefill chunk and a decode step differ only in length."""
+
+    task: Task
+    start: int
+    n: int
+    samples: bool  # a token is drawn from the logits of its last position
+    epoch: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one tick runs: plain data, the same for a model, a mock, a replay or several devices.
+
+    Order on the device: clears, copies, then the entries' writes and reads.
+    """
+
+    tick: int
+    # Prefill chunks, then decode steps.
+    entries: dict[Task, Entry] = field(default_factory=dict)
+    # Page frames to zero: a failed task held them, and even a masked read would spread a NaN.
+    clears: list[int] = field(default_factory=list)
+    # Page frames (source, target): the partial pages of forks.
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    # Decode entries that share one dense matmul.
+    groups: list[list[Task]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+
+class Update(NamedTuple):
+    """What a tick tells the edge about one task."""
+
+    task: Task
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]  # one per token if asked for, else empty
+    finish_reason: FinishReason | None
