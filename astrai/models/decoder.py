@@ -1,0 +1,154 @@
+"""One decoder for all families: what differs between them is data in ModelConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from astrai.kernels.linear import Linear, make_linear
+from astrai.kernels.norm import RmsNorm
+from astrai.models.config import ModelConfig
+
+# attend(layer, q [T, n_heads, head_dim], k, v [T, n_kv_heads, head_dim]) -> [T, n_heads * head_dim]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class _Layer(NamedTuple):
+    input_norm: RmsNorm
+    qkv: Linear
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
+    output: Linear
+    mlp_norm: RmsNorm
+    gate_up: Linear
+    down: Linear
+
+
+class _Rope(NamedTuple):
+    cos: Tensor  # [T, n_heads + n_kv_heads, head_dim]
+    sin: Tensor  # the same, its first half negated
+
+
+class Decoder:
+    """From token ids and positions to hidden states and logits.
+
+    Owns the weights, packed for the device, and the rope tables. Owns no page: attention over
+    them is the caller's `attend`. `weights` has the names of a Hugging Face checkpoint and is
+    emptied while packing, so that the model is not in memory twice.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+        def take(name: str) -> Tensor:
+            if name not in weights:
+                raise ValueError(f"weight {name!r} is missing")
+            return weights.pop(name).to(device=self.device, dtype=dtype)
+
+        def norm(name: str) -> RmsNorm:
+            return RmsNorm(take(f"{name}.weight"), config.rms_norm_eps)
+
+        def linear(*names: str) -> Linear:
+            bias = [take(f"{name}.bias") for name in names if f"{name}.bias" in weights]
+            weight = [take(f"{name}.weight") for name in names]
+            if len(names) == 1:
+                return make_linear(weight[0], bias[0] if bias else None)
+            return make_linear(torch.cat(weight), torch.cat(bias) if bias else None)
+
+        with torch.inference_mode():
+            self._embedding = take("model.embed_tokens.weight")
+            self._layers = [
+                _pack_layer(f"model.layers.{i}", config.qk_norm, norm, linear)
+                for i in range(config.n_layers)
+            ]
+            self._norm = norm("model.norm")
+            tied = config.tie_embeddings
+            self._head = make_linear(self._embedding) if tied else linear("lm_head")
+            self._cos, self._sin = _rope_tables(config, self.device, dtype)
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """ids, positions int64 [T] -> hidden states after the final norm [T, hidden_size]."""
+        c = self.config
+        shape = (-1, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
+        sizes = (c.n_heads, c.n_kv_heads)
+        with torch.inference_mode():
+            rope = self._rope_at(positions)
+            hidden = F.embedding(ids, self._embedding)
+            for i, layer in enumerate(self._layers):
+                x = layer.input_norm(hidden)
+                qk, v = layer.qkv(x).view(shape).split((sum(sizes), c.n_kv_heads), dim=1)
+                if layer.q_norm is not None and layer.k_norm is not None:
+                    q, k = qk.split(sizes, dim=1)
+                    qk = torch.cat((layer.q_norm(q), layer.k_norm(k)), dim=1)
+                if c.layer_rope[i]:
+                    qk = _rotate(qk, rope)
+                q, k = qk.split(sizes, dim=1)
+                hidden.add_(layer.output(attend(i, q, k, v)))
+                x = layer.mlp_norm(hidden)
+                gate, up = layer.gate_up(x).chunk(2, dim=1)
+                hidden.add_(layer.down(F.silu(gate).mul_(up)))
+            return self._norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
+        with torch.inference_mode():
+            return self._head(hidden).float()
+
+    def _rope_at(self, positions: Tensor) -> _Rope:
+        # Laid out for every head: the multiplications of all layers then run over whole rows.
+        heads = self.config.n_heads + self.config.n_kv_heads
+        cos, sin = (
+            table[positions][:, None].expand(-1, heads, -1).contiguous()
+            for table in (self._cos, self._sin)
+        )
+        return _Rope(cos, sin)
+
+
+def _pack_layer(
+    prefix: str,
+    qk_norm: bool,
+    norm: Callable[[str], RmsNorm],
+    linear: Callable[..., Linear],
+) -> _Layer:
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    return _Layer(
+        input_norm=norm(f"{prefix}.input_layernorm"),
+        qkv=linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+        q_norm=norm(f"{attention}.q_norm") if qk_norm else None,
+        k_norm=norm(f"{attention}.k_norm") if qk_norm else None,
+        output=linear(f"{attention}.o_proj"),
+        mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
+        gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+        down=linear(f"{mlp}.down_proj"),
+    )
+
+
+def _rope_tables(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_positions, head_dim], the first half of sin negated."""
+    inverse, factor = config.rope.frequencies(config.head_dim)
+    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inverse)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return (
+        torch.cat((cos, cos), dim=1).to(device=device, dtype=dtype),
+        torch.cat((-sin, sin), dim=1).to(device=device, dtype=dtype),
+    )
+
+
+def _rotate(x: Tensor, rope: _Rope) -> Tensor:
+    """x [T, heads, head_dim]: (a, b) of each head becomes (a cos - b sin, b cos + a sin)."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * rope.cos).addcmul_(swapped, rope.sin)
