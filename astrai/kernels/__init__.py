@@ -1,0 +1,1 @@
+"""How it is computed: linear layers and attention; one file per idea."""
