@@ -1,0 +1,332 @@
+"""The command line. Every command imports what it needs when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import astrai
+from astrai.config import EngineConfig
+
+if TYPE_CHECKING:
+    from astrai.inference.sampling_params import SamplingParams
+
+_DEFAULT = EngineConfig()
+# UsageError and ClickException, wherever the installed typer keeps them.
+_USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]
+
+app = typer.Typer(
+    name="astrai",
+    help="LLM inference: continuous batching over a paged, prefix-shared KV cache.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class CliError(Exception):
+    """Ends the command with one line and an exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main() -> NoReturn:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """The exit code of a command line; what goes wrong is one line on stderr."""
+    debug = "--debug" in args
+    try:
+        code = app([arg for arg in args if arg != "--debug"], "astrai", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"astrai: error: {_one_line(error)}", file=sys.stderr)
+        if isinstance(error, CliError):
+            return error.code
+        return 2 if isinstance(error, _USAGE_ERROR) else 1
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, _CLICK_ERROR):
+        message = str(error.format_message())  # type: ignore[attr-defined]
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, (CliError, ValueError, RuntimeError, OSError, MemoryError)):
+        message = str(error) or type(error).__name__
+    elif isinstance(error, ImportError):
+        message = str(error)
+    else:
+        message = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+    return " ".join(message.split())
+
+
+# ── flags shared by several commands ────────────────────────────────────────────────────────────
+
+
+class GroupDecodeFlag(StrEnum):
+    position = "position"
+    pages = "pages"
+    all = "all"
+    off = "off"
+
+
+_DEFAULT_GROUPS = GroupDecodeFlag(_DEFAULT.group_decode)
+
+
+def engine_config(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A known name, directory, GGUF file or hub id.")
+    ] = _DEFAULT.model,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: fastest here.")
+    ] = _DEFAULT.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = _DEFAULT.device,
+    load_format: Annotated[
+        str, typer.Option(help="auto, or dummy: random weights in the model's shape.")
+    ] = _DEFAULT.load_format,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
+    max_slots: Annotated[int, typer.Option(help="Requests that run at once.")] = _DEFAULT.max_slots,
+    page_size: Annotated[int, typer.Option(help="Tokens in a page.")] = _DEFAULT.page_size,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Tokens the KV pool holds; default: by --kv-bytes.")
+    ] = _DEFAULT.kv_tokens,
+    kv_bytes: Annotated[
+        int, typer.Option(help="Bound on the KV pool without --kv-tokens.")
+    ] = _DEFAULT.kv_bytes,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest prompt + answer, in tokens; default: the model's.")
+    ] = _DEFAULT.max_model_len,
+    prefill_budget: Annotated[
+        int, typer.Option(help="Prompt tokens computed per tick at most.")
+    ] = _DEFAULT.prefill_budget,
+    ageing_ticks: Annotated[
+        int, typer.Option(help="Ticks of waiting that outweigh one step of priority.")
+    ] = _DEFAULT.ageing_ticks,
+    group_decode: Annotated[
+        GroupDecodeFlag, typer.Option(help="What decode steps share one matmul (CPU).")
+    ] = _DEFAULT_GROUPS,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Share the pages of equal prompt starts.")
+    ] = _DEFAULT.prefix_cache,
+    attention: Annotated[
+        str, typer.Option(help="Attention backend; auto: by device.")
+    ] = _DEFAULT.attention,
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests in the queue past which a new one is refused.")
+    ] = _DEFAULT.max_waiting,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the requests that bring none.")
+    ] = _DEFAULT.seed,
+    record: Annotated[
+        str | None, typer.Option(help="Write every event to this JSONL file.")
+    ] = _DEFAULT.record,
+) -> EngineConfig:
+    flags = dict(locals())
+    flags["group_decode"] = group_decode.value
+    try:
+        return EngineConfig(**flags)
+    except ValueError as error:
+        raise CliError(str(error), 2) from None
+
+
+def sampling_fields(
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most; default: what fits.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Mass of the likeliest tokens kept.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Number of likeliest tokens kept.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Kept relative to the likeliest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")
+    ] = None,
+    sampling_seed: Annotated[
+        int | None, typer.Option(help="Seed of the draws: the same seed, the same text.")
+    ] = None,
+) -> dict[str, Any]:
+    """Fields of SamplingParams that were given."""
+    fields = dict(locals())
+    fields["seed"] = fields.pop("sampling_seed")
+    given = {name: value for name, value in fields.items() if value not in (None, [])}
+    return {"max_tokens": None, **given}
+
+
+def flags(**makers: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command takes the flags of `makers`; each makes the argument that it is named for."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(command, eval_str=True).parameters
+        made = {name: inspect.signature(m, eval_str=True).parameters for name, m in makers.items()}
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> Any:
+            arguments = {name: values[name] for name in own if name not in makers}
+            for name, maker in makers.items():
+                arguments[name] = maker(**{flag: values[flag] for flag in made[name]})
+            return command(**arguments)
+
+        parameters = [p for p in own.values() if p.name not in makers]
+        for shared in made.values():
+            parameters += shared.values()
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        del wrapper.__wrapped__  # or its own signature would be read instead of this one
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"astrai {astrai.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+@flags(config=engine_config)
+def serve(
+    config: EngineConfig,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model in requests; may be repeated.")
+    ] = None,
+    max_body_mib: Annotated[int, typer.Option(help="Largest request body.", min=1)] = 8,
+    drain_seconds: Annotated[
+        int, typer.Option(help="Time for open answers to end at shutdown.", min=0)
+    ] = 30,
+    access_log: Annotated[bool, typer.Option(help="Log every request.")] = False,
+) -> None:
+    """Serve the model over HTTP with OpenAI's API."""
+    try:
+        from astrai.server import run as server
+    except ImportError as error:
+        raise CliError(f"{error}: install it with pip install 'astrai[serve]'") from None
+    server.serve(
+        config,
+        host=host,
+        port=port,
+        names=served_model_name or (),
+        max_body_bytes=max_body_mib << 20,
+        drain_seconds=drain_seconds,
+        access_log=access_log,
+    )
+
+
+@app.command()
+@flags(config=engine_config, sampling=sampling_fields)
+def chat(
+    config: EngineConfig,
+    sampling: dict[str, Any],
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+) -> None:
+    """Talk to the model in the terminal: /reset forgets, /exit leaves, Ctrl-C stops an answer."""
+    from astrai import AsyncEngine
+    from astrai.terminal import Chat
+
+    params = _params(sampling)
+    Chat(AsyncEngine(config), params, system).loop()
+
+
+@app.command()
+@flags(config=engine_config, sampling=sampling_fields)
+def generate(
+    config: EngineConfig,
+    sampling: dict[str, Any],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="JSONL; -: standard input.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="JSONL; -: standard output.")] = "-",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Answer a bad line with an error object.")
+    ] = False,
+) -> None:
+    """Answer a JSONL of prompts with a JSONL of results, in order.
+
+    A line has "prompt", "messages" or "prompt_token_ids", and may have "id" and any sampling
+    field, which then stands above the flags.
+    """
+    from astrai import batch
+
+    _params(sampling)
+    code = batch.generate(config, sampling, source, output, skip_bad)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="A known name or hub id.")] = _DEFAULT.model,
+) -> None:
+    """Fetch a model, and print where it is."""
+    from astrai.models.pull import resolve
+
+    print(resolve(name))
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which; without it, what there is.")] = None,
+) -> None:
+    """Measure: astrai bench NAME [--json] ...; the last line is one JSON object."""
+    folder = Path(__file__).with_name("bench")
+    known = sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if m.name[0] != "_")
+    if name in (None, "--help", "-h"):
+        print("astrai bench NAME [--json], NAME one of: " + ", ".join(known))
+        return
+    if name not in known:
+        raise CliError(f"no benchmark {name!r}; there are: {', '.join(known)}", 2)
+    code = importlib.import_module(f"astrai.bench.{name}").main(context.args)
+    if isinstance(code, int) and code:
+        raise typer.Exit(code)
+
+
+def _params(fields: dict[str, Any]) -> SamplingParams:
+    """Wrong flags end the command before a model is loaded."""
+    from astrai.inference.sampling_params import SamplingParams
+
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise CliError(str(error), 2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The HTTP edge: text in, text out. The engine behind it speaks token ids."""

@@ -1,0 +1,407 @@
+"""OpenAI's request bodies: which fields are done, which have no effect, which are refused by name.
+
+The three lists below are the whole policy. A field in none of them is an error that names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from astrai.inference.sampling_params import SamplingParams
+from astrai.server.errors import ApiError
+
+# Accepted without effect: they describe the caller or his bookkeeping, never the answer.
+HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prediction",
+        "parallel_tool_calls",
+    }
+)
+
+# Known but not done: 400, unless null or one of the values that ask for nothing.
+_REFUSED_BOTH: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "cache_salt": (),
+    "prompt_embeds": (),
+    "return_token_ids": (False,),
+    "echo": (False,),
+    "response_format": ({"type": "text"},),
+}
+REFUSED_CHAT: dict[str, tuple[Any, ...]] = {
+    **_REFUSED_BOTH,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"], []),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "moderation": (),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+}
+REFUSED_COMPLETION: dict[str, tuple[Any, ...]] = {
+    **_REFUSED_BOTH,
+    "suffix": ("",),
+    "best_of": (1,),
+}
+_REFUSED_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "refusal": ("",),
+    "reasoning_content": ("",),
+    "annotations": ([],),
+}
+_HARMLESS_STREAM_OPTIONS = frozenset({"include_obfuscation"})
+_REFUSED_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"continuous_usage_stats": (False,)}
+
+# Keyword arguments of the template call that belong to the request's own fields.
+_RESERVED_TEMPLATE_KWARGS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "tokenize", "chat_template"}
+)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(_Model):
+    include_usage: bool | None = None
+
+
+class Message(_Model):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+    name: str | None = None
+
+
+class _Request(_Model):
+    """The implemented fields of both routes; the sampling fields carry `SamplingParams`' names."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatRequest(_Request):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(_Request):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class Call(NamedTuple):
+    """What both routes need besides the prompt."""
+
+    params: SamplingParams
+    model: str | None
+    priority: int
+    stream: bool
+    include_usage: bool
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The body as an object of valid Unicode; ApiError 400 otherwise."""
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        # Escaped lone surrogates parse, but no tokenizer and no UTF-8 response can carry them.
+        if b"\\u" in raw:
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            f"the body is not valid UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
+            code="invalid_json",
+        ) from None
+    except UnicodeEncodeError:
+        raise ApiError("the body holds a lone surrogate", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(
+            f"the body is a JSON {type(body).__name__}, expected an object", code="invalid_json"
+        )
+    return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_chat(body: dict[str, Any]) -> ChatRequest:
+    fields = screen(body, ChatRequest, HARMLESS, REFUSED_CHAT)
+    messages = fields.get("messages")
+    if isinstance(messages, list):
+        fields["messages"] = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    request = _validate(ChatRequest, fields)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+    limits = (request.max_tokens, request.max_completion_tokens)
+    if None not in limits and limits[0] != limits[1]:
+        raise ApiError(
+            f"max_tokens = {limits[0]} and max_completion_tokens = {limits[1]} disagree",
+            param="max_completion_tokens",
+        )
+    for key in request.chat_template_kwargs or ():
+        if key in _RESERVED_TEMPLATE_KWARGS:
+            raise ApiError(
+                f"chat_template_kwargs.{key} is reserved", param=f"chat_template_kwargs.{key}"
+            )
+    return request
+
+
+def parse_completion(body: dict[str, Any]) -> CompletionRequest:
+    fields = screen(body, CompletionRequest, HARMLESS, REFUSED_COMPLETION)
+    request = _validate(CompletionRequest, fields)
+    if len(request.prompt) == 0 or (
+        isinstance(request.prompt, list) and any(p in ("", []) for p in request.prompt)
+    ):
+        raise ApiError("prompt is empty", param="prompt", code="empty_prompt")
+    return request
+
+
+def chat_call(request: ChatRequest) -> Call:
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    limit = request.max_tokens
+    if request.max_completion_tokens is not None:
+        limit = request.max_completion_tokens
+    return _call(request, max_tokens=limit, logprobs=logprobs)
+
+
+def completion_call(request: CompletionRequest) -> Call:
+    limit = 16 if request.max_tokens is None else request.max_tokens
+    return _call(request, max_tokens=limit, logprobs=request.logprobs)
+
+
+def template_messages(request: ChatRequest) -> list[dict[str, str]]:
+    """Messages as chat templates know them: `developer` is their `system`."""
+    return [
+        {
+            **message.model_dump(exclude_none=True),
+            "role": "system" if message.role == "developer" else message.role,
+        }
+        for message in request.messages
+    ]
+
+
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "seed",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "stop_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+)
+
+
+def _call(request: _Request, *, max_tokens: int | None, logprobs: int | None) -> Call:
+    if request.stream_options is not None and not request.stream:
+        raise ApiError("stream_options needs stream: true", param="stream_options")
+    given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if request.logit_bias is not None:
+        given["logit_bias"] = _logit_bias(request.logit_bias)
+    try:
+        params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+    except ValueError as error:
+        raise blame(error) from None
+    return Call(
+        params=params,
+        model=request.model,
+        priority=request.priority or 0,
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+    )
+
+
+def blame(error: ValueError) -> ApiError:
+    """A 400 from a ValueError, `param` being the first field of a request that it names."""
+    message = str(error)
+    fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    named = (word for word in re.findall(r"\w+", message) if word in fields)
+    return ApiError(message, param=next(named, None))
+
+
+def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError:
+        bad = next(token for token in bias if not re.fullmatch(r"\s*[+-]?\d+\s*", token))
+        raise ApiError(
+            f"logit_bias: {bad!r} is not a token id", param=f"logit_bias.{bad}"
+        ) from None
+
+
+def screen(
+    fields: Mapping[str, Any],
+    model: type[BaseModel],
+    harmless: frozenset[str],
+    refused: Mapping[str, tuple[Any, ...]],
+    at: str = "",
+) -> dict[str, Any]:
+    """The implemented fields of `fields`; ApiError names the first that is refused or unknown."""
+    kept: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in model.model_fields:
+            kept[name] = value
+        elif name in harmless:
+            continue
+        elif name in refused:
+            if value is not None and value not in refused[name]:
+                raise ApiError(
+                    f"{at}{name} is not implemented", param=f"{at}{name}", code="not_implemented"
+                )
+        else:
+            close = difflib.get_close_matches(name, model.model_fields, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ApiError(
+                f"unknown field {at}{name}{hint}", param=f"{at}{name}", code="unknown_field"
+            )
+    options = kept.get("stream_options")
+    if isinstance(options, dict):
+        kept["stream_options"] = screen(
+            options,
+            StreamOptions,
+            _HARMLESS_STREAM_OPTIONS,
+            _REFUSED_STREAM_OPTIONS,
+            at="stream_options.",
+        )
+    return kept
+
+
+def _message(message: Any, at: str) -> Any:
+    """`message` with its content as one string; what it is not is left to the model to refuse."""
+    if not isinstance(message, dict):
+        return message
+    if message.get("role") in ("tool", "function"):
+        raise ApiError(
+            f"{at}.role: {message['role']!r} is not implemented",
+            param=f"{at}.role",
+            code="not_implemented",
+        )
+    fields = screen(message, Message, frozenset(), _REFUSED_MESSAGE, at=f"{at}.")
+    if isinstance(fields.get("content"), list):
+        parts = [_part(part, f"{at}.content[{i}]") for i, part in enumerate(fields["content"])]
+        fields["content"] = "".join(parts)
+    return fields
+
+
+def _part(part: Any, at: str) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise ApiError(f"{at} is not an object with a type", param=at)
+    if part["type"] != "text":
+        raise ApiError(
+            f"{at}.type: {part['type']!r} is not implemented",
+            param=f"{at}.type",
+            code="not_implemented",
+        )
+    for name in part.keys() - {"type", "text"}:
+        raise ApiError(f"unknown field {at}.{name}", param=f"{at}.{name}", code="unknown_field")
+    if not isinstance(part.get("text"), str):
+        raise ApiError(f"{at}.text is not a string", param=f"{at}.text")
+    text: str = part["text"]
+    return text
+
+
+# A union's errors speak of its branches, one by one; these speak of the field.
+_UNIONS = {
+    "prompt": "expected a string, a list of strings, a list of token ids, or lists of token ids",
+    "stop": "expected a string or a list of strings",
+}
+
+
+def _validate(model: type[M], fields: dict[str, Any]) -> M:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = _where(first["loc"])
+        if first["type"] == "missing":
+            raise ApiError(f"{where} is required", param=where) from None
+        if where in _UNIONS:
+            message = f"{_UNIONS[where]}, got {_short(fields[where])}"
+        else:
+            message = f"{first['msg']}, got {_short(first['input'])}"
+        raise ApiError(f"{where}: {message}", param=where) from None
+
+
+def _where(loc: tuple[int | str, ...]) -> str:
+    """`messages[0].content` of a location; only these two fields have parts with names."""
+    path = str(loc[0])
+    if path not in ("messages", "stream_options"):
+        return path
+    for step in loc[1:]:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return path
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
