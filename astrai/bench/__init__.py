@@ -1,0 +1,1 @@
+"""What is measured. Each benchmark ends in one JSON line with commit, hardware and seed."""

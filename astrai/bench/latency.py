@@ -1,0 +1,39 @@
+"""One stream alone: milliseconds per token and to the first token."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+
+from astrai.bench._common import Request, finish, load, parser, run, text_prompt, with_model
+
+
+def main(argv: Sequence[str]) -> None:
+    options = with_model(parser("latency", __doc__))
+    options.add_argument("--prompt-tokens", type=int, default=32)
+    options.add_argument("--output-tokens", type=int, default=129)
+    options.add_argument("--repeat", type=int, default=5)
+    args = options.parse_args(argv)
+    llm = load(args)
+    rng = random.Random(args.seed)
+    run(llm, [Request(text_prompt(llm.tokenizer, rng, args.prompt_tokens), 16)])
+    first, each = [], []
+    for _ in range(args.repeat):
+        prompt = text_prompt(llm.tokenizer, rng, args.prompt_tokens)
+        one = run(llm, [Request(prompt, 1)]).seconds
+        whole = run(llm, [Request(prompt, args.output_tokens)]).seconds
+        first.append(one * 1e3)
+        each.append((whole - one) / (args.output_tokens - 1) * 1e3)
+    ttft, ms = statistics.median(first), statistics.median(each)
+    lines = [
+        f"one stream, {args.prompt_tokens} tokens in, {args.output_tokens} out",
+        f"first token {ttft:.1f} ms, then {ms:.2f} ms per token ({1e3 / ms:.1f} tok/s)",
+    ]
+    result = {
+        "first_token_ms": round(ttft, 2),
+        "ms_per_token": round(ms, 3),
+        "tokens_per_second": round(1e3 / ms, 2),
+        "runs_ms_per_token": [round(value, 3) for value in each],
+    }
+    finish(args, "latency", lines, result)
