@@ -6,9 +6,16 @@ The names below are the library's front door. They load on first use: `import as
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Two threads that meet after every small operation spin while they wait, by default far longer
+# than a tick when another process holds a core: a step of 15 ms was seen to take 2 s. Bounded
+# spinning costs nothing measurable on a quiet machine. Read when torch loads its threads library.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
     from astrai.config import EngineConfig

@@ -79,9 +79,8 @@ def _one_line(error: Exception) -> str:
 
 
 class GroupDecodeFlag(StrEnum):
+    length = "length"
     position = "position"
-    pages = "pages"
-    all = "all"
     off = "off"
 
 

@@ -30,7 +30,7 @@ class EngineConfig:
     )
     prefill_budget: int = 512
     ageing_ticks: int = 256
-    group_decode: GroupDecode = "pages"
+    group_decode: GroupDecode = "length"
     prefix_cache: bool = True
     batching: Literal["continuous", "static"] = "continuous"  # static is there to be measured
     attention: str = "auto"  # a backend of kernels/attention; auto: by device
@@ -55,5 +55,5 @@ class EngineConfig:
                 raise ValueError(f"{name} = {value}, expected at least 1 or None")
         if self.page_size % 16:
             raise ValueError(f"page_size = {self.page_size}, expected a multiple of 16")
-        if self.group_decode not in ("position", "pages", "all", "off"):
-            raise ValueError(f"{self.group_decode = }, expected position, pages, all or off")
+        if self.group_decode not in ("length", "position", "off"):
+            raise ValueError(f"{self.group_decode = }, expected length, position or off")

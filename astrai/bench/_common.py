@@ -41,7 +41,7 @@ def with_model(options: argparse.ArgumentParser, slots: int = 8) -> argparse.Arg
     options.add_argument("--load-format", default="auto")
     options.add_argument("--threads", type=int, default=None)
     options.add_argument("--slots", type=int, default=slots)
-    options.add_argument("--group-decode", default="pages", help="position, pages, all or off")
+    options.add_argument("--group-decode", default="length", help="length, position or off")
     return options
 
 

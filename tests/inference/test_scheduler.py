@@ -340,27 +340,25 @@ def test_static_batching_refills_only_an_empty_batch() -> None:
 
 
 def test_decode_groups() -> None:
-    for kind, sizes in (
-        ("position", [2, 1, 1]),
-        ("pages", [3, 1]),
-        ("all", [4]),
-        ("off", [1, 1, 1, 1]),
-    ):
-        bench = Bench(100, page_size=4, group_decode=kind)
-        groups: list[list[int]] = []
-        bench.events.attach(
-            lambda tick, kind, values, g=groups: g.append(values[0]) if kind == "groups" else None
-        )
-        run(
-            bench,
-            [
-                make_task(0, [1], 2),
-                make_task(1, [2], 2),
-                make_task(2, [2, 2], 2),
-                make_task(3, [3] * 4, 2),
-            ],
-        )
-        assert sorted(groups[0], reverse=True) == sizes
+    for kind, sizes in (("position", [2, 1, 1]), ("length", [4]), ("off", [1, 1, 1, 1])):
+        assert first_groups(kind, [1, 1, 2, 4]) == sizes
+
+
+def test_grouping_by_length_pads_only_as_far_as_it_pays() -> None:
+    # 4 positions a page, with the one being decoded: 20, 19, 2, 1 pages; then 35, 20, 19, 1.
+    assert first_groups("length", [79, 75, 7, 3]) == [2, 2]
+    assert first_groups("length", [139, 79, 75, 3]) == [2, 1, 1]
+
+
+def first_groups(kind: str, prompts: list[int]) -> list[int]:
+    """Sizes of the groups of the first tick in which all tasks decode."""
+    bench = Bench(100, page_size=4, prefill_budget=400, group_decode=kind)
+    seen: list[list[int]] = []
+    bench.events.attach(
+        lambda tick, kind, values: seen.append(values[0]) if kind == "groups" else None
+    )
+    run(bench, [make_task(i, [i] * n, 2) for i, n in enumerate(prompts)])
+    return sorted(seen[0], reverse=True)
 
 
 class Script(RuleBasedStateMachine):
