@@ -5,7 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from astrai.inference.scheduler import GroupDecode
+GroupDecode = Literal["length", "position", "off"]
+Batching = Literal["continuous", "static"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The three budgets of admission and the order in it."""
+
+    max_slots: int
+    prefill_budget: int = 512  # prompt positions per tick: the longest a decode step can be held up
+    ageing_ticks: int = 256  # waiting that outweighs one step of priority, so nothing starves
+    group_decode: GroupDecode = "length"
+    batching: Batching = "continuous"  # static: refill only when every slot is free
+
+    def __post_init__(self) -> None:
+        for name in ("max_slots", "prefill_budget", "ageing_ticks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,26 +30,20 @@ class EngineConfig:
     """Everything that decides how an engine runs. A page is `page_size` tokens."""
 
     model: str = "smollm2"  # a preset or default name, a directory, a GGUF file, or a hub id
-    dtype: str | None = (
-        None  # "float32", "bfloat16", "float16"; None: what measures fastest on the device
-    )
+    dtype: str | None = None  # float32, bfloat16, float16, int4; None: fastest on the device
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: cuda if there is one
     load_format: str = "auto"  # "dummy": random weights in the model's real shape
     threads: int | None = None  # CPU threads; None: PyTorch's choice
     max_slots: int = 8  # tasks that run at once
     page_size: int = 64
-    kv_tokens: int | None = (
-        None  # KV positions in the pool; None: enough for every slot, within kv_bytes
-    )
+    kv_tokens: int | None = None  # positions in the pool; None: for every slot, within kv_bytes
     kv_bytes: int = 2 << 30  # bound on the pool when kv_tokens is None
-    max_model_len: int | None = (
-        None  # None: the model's own context, or what the pool holds if that is less
-    )
+    max_model_len: int | None = None  # None: the model's own, or the pool's if that is less
     prefill_budget: int = 512
     ageing_ticks: int = 256
     group_decode: GroupDecode = "length"
     prefix_cache: bool = True
-    batching: Literal["continuous", "static"] = "continuous"  # static is there to be measured
+    batching: Batching = "continuous"  # static is there to be measured
     attention: str = "auto"  # a backend of kernels/attention; auto: by device
     max_waiting: int = 4096  # requests in the queue past which a new one is refused
     seed: int = 0  # requests without a seed of their own get one derived from this and their number

@@ -5,10 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+from astrai.config import SchedulerConfig
 from astrai.inference.cache.books import Books
 from astrai.inference.events import EventLog
 from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.scheduler import Scheduler, SchedulerConfig
+from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import NOTHING, Outcome, Plan, Task, Update
 
 VOCAB = 97

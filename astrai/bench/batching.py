@@ -25,7 +25,7 @@ from astrai.bench._common import (
     with_model,
 )
 from astrai.bench._null import simulate
-from astrai.inference.scheduler import SchedulerConfig
+from astrai.config import SchedulerConfig
 
 WIDTHS = (2, 4, 8, 16, 32, 64, 128, 256)
 GOAL = 3.4

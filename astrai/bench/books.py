@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from astrai.bench._common import finish, median, parser
 from astrai.bench._null import engine_of, tasks_of
+from astrai.config import SchedulerConfig
 from astrai.inference.cache.pool import PagePool
 from astrai.inference.engine import Message
-from astrai.inference.scheduler import SchedulerConfig
 
 FRAMES = (8, 64, 1_024, 16_384, 131_072, 1_000_000)
 TASKS = (1, 64, 256, 1_024)

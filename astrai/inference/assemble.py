@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from astrai.config import EngineConfig
+from astrai.config import EngineConfig, SchedulerConfig
 from astrai.inference.cache.books import Books
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.engine import Engine
@@ -16,7 +16,7 @@ from astrai.inference.events import EventLog, JsonlWriter
 from astrai.inference.intake import Intake, Limits
 from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
-from astrai.inference.scheduler import Scheduler, SchedulerConfig
+from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import Update
 from astrai.kernels.attention import load_backend
 from astrai.models.config import ModelConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from astrai.config import SchedulerConfig
 from astrai.inference.cache.bitmask import BitMask
 from astrai.inference.cache.books import Books
 from astrai.inference.events import EventLog
@@ -22,31 +22,9 @@ from astrai.inference.task import (
     WaitReason,
 )
 
-GroupDecode = Literal["length", "position", "off"]
-
 # Pages of padding that cost about as much as one more matmul per layer (measured on two CPU cores:
 # 40 µs for a group, 3 µs for a page of one task).
 GROUP_PADDING = 14
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """The three budgets of admission and the order in it."""
-
-    max_slots: int
-    prefill_budget: int = 512  # prompt positions per tick: the longest a decode step can be held up
-    ageing_ticks: int = (
-        256  # one step of priority is worth this many ticks of waiting, so nothing starves
-    )
-    group_decode: GroupDecode = "length"
-    batching: Literal["continuous", "static"] = (
-        "continuous"  # static: refill only when every slot is free
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("max_slots", "prefill_budget", "ageing_ticks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
 
 
 class Results(NamedTuple):
