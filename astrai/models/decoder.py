@@ -9,15 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from astrai.kernels.linear import Linear, make_linear
+from astrai.kernels.linear import (
+    Int4Linear,
+    Int4Weight,
+    Linear,
+    Weight,
+    make_linear,
+    stacked,
+)
 from astrai.kernels.norm import RmsNorm
 from astrai.models.config import ModelConfig
+
+# The likeliest tokens of a row, whose logits are computed in float32.
+_SHARPENED = 8
 
 # attend(layer, q [T, n_heads, head_dim], k, v [T, n_kv_heads, head_dim]) -> [T, n_heads * head_dim]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     input_norm: RmsNorm
     qkv: Linear
     q_norm: RmsNorm | None
@@ -44,7 +54,7 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        weights: dict[str, Tensor],
+        weights: dict[str, Weight],
         dtype: torch.dtype,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -55,56 +65,94 @@ class Decoder:
         def take(name: str) -> Tensor:
             if name not in weights:
                 raise ValueError(f"weight {name!r} is missing")
-            return weights.pop(name).to(device=self.device, dtype=dtype)
+            weight = weights.pop(name)
+            if isinstance(weight, Int4Weight):
+                weight = weight.dense(dtype)
+            return weight.to(device=self.device, dtype=dtype)
 
-        def norm(name: str) -> RmsNorm:
-            return RmsNorm(take(f"{name}.weight"), config.rms_norm_eps)
+        def norm(name: str, reads: torch.dtype = torch.float32) -> RmsNorm:
+            return RmsNorm(take(f"{name}.weight"), config.rms_norm_eps, reads)
 
         def linear(*names: str) -> Linear:
             bias = [take(f"{name}.bias") for name in names if f"{name}.bias" in weights]
-            weight = [take(f"{name}.weight") for name in names]
-            if len(names) == 1:
-                return make_linear(weight[0], bias[0] if bias else None)
-            return make_linear(torch.cat(weight), torch.cat(bias) if bias else None)
+            keys = [f"{name}.weight" for name in names]
+            if all(isinstance(weights.get(key), Int4Weight) for key in keys):
+                weight = stacked([weights.pop(key) for key in keys])
+            else:
+                weight = stacked([take(key) for key in keys])
+            return make_linear(weight, torch.cat(bias) if bias else None)
 
         with torch.inference_mode():
-            self._embedding = take("model.embed_tokens.weight")
-            self._layers = [
-                _pack_layer(f"model.layers.{i}", config.qk_norm, norm, linear)
+            self.embedding = take("model.embed_tokens.weight")
+            self.layers = [
+                _pack_layer(f"model.layers.{i}", config.qk_norm, dtype, norm, linear)
                 for i in range(config.n_layers)
             ]
-            self._norm = norm("model.norm")
+            self.norm = norm("model.norm")
             tied = config.tie_embeddings
-            self._head = make_linear(self._embedding) if tied else linear("lm_head")
+            self.head = make_linear(self.embedding) if tied else linear("lm_head")
+            self._sharpens = tied and self.device.type == "cpu" and dtype != torch.float32
             self._cos, self._sin = _rope_tables(config, self.device, dtype)
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """ids, positions int64 [T] -> hidden states after the final norm [T, hidden_size]."""
+        """ids, positions int64 [T] -> hidden states after the final norm [T, hidden_size].
+
+        The hidden states are float32 whatever the dtype of the weights: what the layers add up
+        would lose a little of every one of them in bfloat16.
+        """
         c = self.config
         shape = (-1, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
         sizes = (c.n_heads, c.n_kv_heads)
         with torch.inference_mode():
             rope = self._rope_at(positions)
-            hidden = F.embedding(ids, self._embedding)
-            for i, layer in enumerate(self._layers):
-                x = layer.input_norm(hidden)
-                qk, v = layer.qkv(x).view(shape).split((sum(sizes), c.n_kv_heads), dim=1)
+            hidden = F.embedding(ids, self.embedding).float()
+            for i, layer in enumerate(self.layers):
+                x = layer.input_norm(hidden).to(self.dtype)
+                qk, v = layer.qkv(x).view(shape).split_with_sizes((sum(sizes), sizes[1]), 1)
                 if layer.q_norm is not None and layer.k_norm is not None:
-                    q, k = qk.split(sizes, dim=1)
+                    q, k = qk.split_with_sizes(sizes, 1)
                     qk = torch.cat((layer.q_norm(q), layer.k_norm(k)), dim=1)
                 if c.layer_rope[i]:
                     qk = _rotate(qk, rope)
-                q, k = qk.split(sizes, dim=1)
+                q, k = qk.split_with_sizes(sizes, 1)
                 hidden.add_(layer.output(attend(i, q, k, v)))
-                x = layer.mlp_norm(hidden)
-                gate, up = layer.gate_up(x).chunk(2, dim=1)
+                x = layer.mlp_norm(hidden).to(self.dtype)
+                gate, up = layer.gate_up(x).chunk(2, 1)
                 hidden.add_(layer.down(F.silu(gate).mul_(up)))
-            return self._norm(hidden)
+            return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
         with torch.inference_mode():
-            return self._head(hidden).float()
+            logits = self.head(hidden.to(self.dtype)).float()
+            return self._sharpened(logits, hidden) if self._sharpens else logits
+
+    def _sharpened(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The largest logits again, in float32.
+
+        The head's kernel rounds its results to bfloat16, whose steps are 1/16 to 1/8 where the
+        logits that matter are: the likeliest tokens would often tie. Their rows are few.
+        """
+        largest = logits.topk(min(_SHARPENED, logits.shape[1]), dim=1).indices
+        exact = torch.bmm(self.embedding[largest].float(), hidden.unsqueeze(2))
+        return logits.scatter_(1, largest, exact.squeeze(2))
+
+    @property
+    def n_int4(self) -> int:
+        """How many of its matrices are held as 4-bit codes."""
+        return sum(isinstance(part, Int4Linear) for part in self._parts())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are held; a tied head that was packed counts again."""
+        held = {id(self.embedding): self.embedding}
+        for part in self._parts():
+            held |= {id(t): t for t in vars(part).values() if isinstance(t, Tensor)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+    def _parts(self) -> list[Linear | RmsNorm]:
+        layers = [part for layer in self.layers for part in layer if part is not None]
+        return [*layers, self.norm, self.head]
 
     def _rope_at(self, positions: Tensor) -> _Rope:
         # Laid out for every head: the multiplications of all layers then run over whole rows.
@@ -119,15 +167,16 @@ class Decoder:
 def _pack_layer(
     prefix: str,
     qk_norm: bool,
-    norm: Callable[[str], RmsNorm],
+    dtype: torch.dtype,
+    norm: Callable[..., RmsNorm],
     linear: Callable[..., Linear],
-) -> _Layer:
+) -> Layer:
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    return _Layer(
+    return Layer(
         input_norm=norm(f"{prefix}.input_layernorm"),
         qkv=linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
-        q_norm=norm(f"{attention}.q_norm") if qk_norm else None,
-        k_norm=norm(f"{attention}.k_norm") if qk_norm else None,
+        q_norm=norm(f"{attention}.q_norm", dtype) if qk_norm else None,
+        k_norm=norm(f"{attention}.k_norm", dtype) if qk_norm else None,
         output=linear(f"{attention}.o_proj"),
         mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
         gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),

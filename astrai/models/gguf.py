@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from astrai.kernels.linear import INT4_GROUP, Int4Weight, Weight
 from astrai.models.config import ModelConfig, RopeConfig, config_from_hf
 from astrai.models.registry import FAMILIES, architecture_of_gguf
 
@@ -52,6 +53,9 @@ _LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_DIVISORS = "rope_freqs.weight"
+# Types of 4-bit codes in blocks of 32 columns: float16 scale, for Q4_1 float16 minimum, 16 bytes of
+# which byte i holds column i low and column i + 16 high.
+_Q4_0, _Q4_1 = 2, 3
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,29 @@ class GGUFFile:
                 values = values.copy()
             flat[first : first + size] = torch.from_numpy(values.reshape(-1))
         return out
+
+    def is_int4(self, name: str) -> bool:
+        """Whether `name` is a matrix of 4-bit codes that `int4` can return."""
+        info = self.tensors[name]
+        whole = len(info.shape) == 2 and info.shape[1] % INT4_GROUP == 0
+        return whole and info.kind in (_Q4_0, _Q4_1)
+
+    def int4(self, name: str) -> Int4Weight:
+        """The matrix `name` as the codes it is stored in."""
+        info = self.tensors[name]
+        rows, columns = info.shape
+        raw = np.frombuffer(self._data, np.uint8, info.n_bytes, info.start)
+        blocks = raw.reshape(rows, columns // INT4_GROUP, -1)
+        packed = blocks[..., -(INT4_GROUP // 2) :]
+        codes = np.empty((*blocks.shape[:2], 2, INT4_GROUP // 2), np.uint8)
+        np.bitwise_and(packed, 15, out=codes[:, :, 0])
+        np.right_shift(packed, 4, out=codes[:, :, 1])
+        header = np.ascontiguousarray(blocks[..., : -(INT4_GROUP // 2)]).view("<f2")
+        floats = torch.from_numpy(header.astype(np.float32))
+        scale = floats[..., 0]
+        # Q4_1: w = scale * code + minimum; Q4_0: w = scale * (code - 8).
+        zero = floats[..., 1] + 8 * scale if info.kind == _Q4_1 else torch.zeros_like(scale)
+        return Int4Weight(torch.from_numpy(codes).view(rows, columns), scale, zero)
 
 
 # Metadata under the architecture's own prefix, and what config.json calls it.
@@ -328,10 +355,11 @@ def hf_name(name: str) -> str | None:
 
 
 def weights_from_gguf(
-    file: GGUFFile, config: ModelConfig, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+    file: GGUFFile, config: ModelConfig, dtype: torch.dtype, keep_int4: bool = False
+) -> dict[str, Weight]:
     """Every tensor of the file, dequantised to `dtype` on the CPU, under its Hugging Face name.
 
+    keep_int4: matrices of 4-bit codes stay so, except the embedding, whose rows are looked up.
     Names are not checked against `config` here (the caller does, for every format).
     """
     permuted: Mapping[str, int] = (
@@ -340,12 +368,18 @@ def weights_from_gguf(
         else {}
     )
 
-    def load(name: str) -> tuple[str, torch.Tensor]:
-        tensor = file.tensor(name, dtype)
+    def load(name: str) -> tuple[str, Weight]:
         part = name.split(".")[-2]
-        if part in permuted:
-            tensor = _halves_from_pairs(tensor, permuted[part])
-        return hf_name(name) or name, tensor
+        weight: Weight
+        if keep_int4 and part != "token_embd" and file.is_int4(name):
+            weight = file.int4(name)
+            if part in permuted:
+                weight = Int4Weight(*(_halves_from_pairs(t, permuted[part]) for t in weight))
+        else:
+            weight = file.tensor(name, dtype)
+            if part in permuted:
+                weight = _halves_from_pairs(weight, permuted[part])
+        return hf_name(name) or name, weight
 
     names = [name for name in file.tensors if name != ROPE_DIVISORS]
     names.sort(key=lambda name: -file.tensors[name].n_bytes)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from astrai.kernels.linear import Weight, has_int4_kernel
 from astrai.models.config import ModelConfig, config_from_hf
 from astrai.models.decoder import Decoder
 from astrai.models.gguf import (
@@ -29,6 +30,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+INT4 = "int4"
 _FLOAT_KINDS = ("F64", "F32", "F16", "BF16")  # of safetensors
 _IGNORED = ("rotary_emb.inv_freq",)  # written by old exports; recomputed here
 _DUMMY_STD = 0.02
@@ -40,7 +42,13 @@ class LoadedModel(NamedTuple):
     config: ModelConfig
     eos_token_ids: tuple[int, ...]
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # of what is computed and of the KV cache
+
+    @property
+    def precision(self) -> str:
+        """In what the weights are held and what is computed: "bfloat16", or "int4 weights, ..."."""
+        computed = str(self.dtype).removeprefix("torch.")
+        return f"int4 weights, {computed}" if self.decoder.n_int4 else computed
 
 
 class FoundTensor(NamedTuple):
@@ -57,8 +65,10 @@ def load_model(
 ) -> LoadedModel:
     """The model `name_or_path`: a known name, a GGUF file, a Hugging Face directory or hub id.
 
-    dtype: None chooses the fastest the device has matrix units for. load_format "dummy": random
-    weights of a preset's or a directory's configuration, drawn with `seed`.
+    dtype: None chooses the fastest the device has matrix units for, "int4" computes in bfloat16
+    and keeps the 4-bit matrices of a GGUF file as they are; None does so too where that was
+    measured to be faster. load_format "dummy": random weights of a preset's or a directory's
+    configuration, drawn with `seed`.
 
     Raises FileNotFoundError for a missing file and ValueError for a corrupt, incomplete or
     unsupported one; both name the file, and the tensor or field with its numbers.
@@ -66,7 +76,8 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"{load_format = }, expected one of {LOAD_FORMATS}")
     device = choose_device(device)
-    torch_dtype = choose_dtype(dtype, device)
+    torch_dtype, keep_int4 = choose_dtype(dtype, device), keeps_int4(dtype, device)
+    weights: dict[str, Weight]
     if load_format == "dummy":
         config, tokenizer = _dummy_parts(name_or_path)
         weights = dummy_weights(config, torch_dtype, device, seed)
@@ -84,9 +95,14 @@ def load_model(
             file = GGUFFile(path)
             config = config_from_gguf(file)
             check_tensors(config, _gguf_tensors(file))
-            weights = weights_from_gguf(file, config, torch_dtype)
+            weights = weights_from_gguf(file, config, torch_dtype, keep_int4)
             tokenizer = Tokenizer.from_gguf(file)
     decoder = Decoder(config, weights, torch_dtype, device)
+    if dtype == INT4 and not decoder.n_int4:
+        raise ValueError(
+            f"{dtype = }, but {name_or_path} has no 4-bit matrices to keep: "
+            "expected a GGUF file of type Q4_0 or Q4_1"
+        )
     return LoadedModel(
         decoder, tokenizer, config, tokenizer.eos_token_ids, _short_name(name_or_path), torch_dtype
     )
@@ -101,17 +117,40 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str | None, device: str) -> torch.dtype:
-    """`dtype` by name; None: bfloat16 where the device multiplies it natively, else float32."""
+    """What is computed in, by name; None: bfloat16 where the device multiplies it natively, else
+    float32."""
+    if dtype == INT4:
+        return torch.bfloat16
     if dtype is not None:
         if dtype not in DTYPES:
-            raise ValueError(f"{dtype = }, expected one of {', '.join(DTYPES)}")
+            raise ValueError(f"{dtype = }, expected one of {', '.join([*DTYPES, INT4])}")
         return DTYPES[dtype]
     if device.startswith("cuda"):
         return torch.bfloat16
     # Only what was measured: elsewhere, and where torch cannot tell, float32.
-    native: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = _cpu_capabilities()
     fast = native.get("avx512_bf16") or native.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
+
+
+def keeps_int4(dtype: str | None, device: str) -> bool:
+    """Whether 4-bit matrices stay as they are. ValueError if `dtype` asks for what cannot be."""
+    if dtype == INT4:
+        if device != "cpu":
+            raise ValueError(f"{dtype = } needs device 'cpu', {device = }")
+        if not has_int4_kernel():
+            found = torch.backends.cpu.get_cpu_capability()
+            raise ValueError(f"{dtype = } needs a CPU with AVX512, found {found}")
+    if dtype is not None:
+        return dtype == INT4
+    # Matrix units (AMX) read a long prompt many times as fast as the 4-bit kernel: not there.
+    native = _cpu_capabilities()
+    measured = native.get("avx512_bf16") and not native.get("amx_bf16")
+    return bool(device == "cpu" and measured and has_int4_kernel())
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -207,7 +246,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 def weights_from_directory(
     directory: Path, config: ModelConfig, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Weight]:
     """Every weight of `config` from the directory's safetensors files, as `dtype` on the CPU."""
     from safetensors import safe_open
 
@@ -227,7 +266,7 @@ def weights_from_directory(
         check_tensors(config, found)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Weight] = {}
     for path in dict.fromkeys(where.values()):
         with safe_open(path, framework="pt") as file:
             for name in (name for name, its in where.items() if its == path):
@@ -294,10 +333,10 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
 
 def dummy_weights(
     config: ModelConfig, dtype: torch.dtype, device: str, seed: int = 0
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Weight]:
     """Random weights of `config`'s shapes: norms 1, the rest normal with std 0.02."""
     generator = torch.Generator(device).manual_seed(seed)
-    weights = {}
+    weights: dict[str, Weight] = {}
     for name, shape in expected_tensors(config).items():
         tensor = torch.empty(shape, dtype=dtype, device=device)
         if name.endswith("norm.weight"):

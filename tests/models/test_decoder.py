@@ -34,7 +34,7 @@ def test_hidden_and_logits_shapes_and_dtypes() -> None:
     rng = random.Random(0)
     (hidden,) = run(decoder, "cpu", [[1, 2, 3]], whole([[1, 2, 3]]), rng)
     assert hidden.shape == (3, 48)
-    assert hidden.dtype == torch.bfloat16
+    assert hidden.dtype == torch.float32  # the residual stream is never rounded to bfloat16
     logits = decoder.logits(hidden)
     assert logits.shape == (3, 128)
     assert logits.dtype == torch.float32
@@ -61,9 +61,9 @@ def test_a_bad_row_spoils_no_other() -> None:
     rng = random.Random(1)
     tokens = random_tokens(rng, [20, 50])
     clean = run(decoder, "cpu", tokens, mixed(tokens, random.Random(2)), random.Random(2))
-    embedding = decoder._embedding
-    decoder._embedding = embedding.clone()
-    decoder._embedding[tokens[0][5]] = float("nan")
+    embedding = decoder.embedding
+    decoder.embedding = embedding.clone()
+    decoder.embedding[tokens[0][5]] = float("nan")
     tokens[1] = [t if t != tokens[0][5] else (t + 1) % 128 for t in tokens[1]]
     expected = run(decoder, "cpu", tokens[1:], whole(tokens[1:]), rng)[0]
     found = run(decoder, "cpu", tokens, mixed(tokens, random.Random(2)), random.Random(2))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astrai.kernels.linear import Int4Weight, has_int4_kernel
 from astrai.models import gguf as ours
+from astrai.models import loading
 from astrai.models.gguf import GGUFFile, config_from_gguf, hf_name, weights_from_gguf
-from astrai.models.loading import load_model
+from astrai.models.loading import LoadedModel, load_model
 from astrai.models.registry import FAMILIES
 from astrai.models.tokenizer import _BYTE_OF
+from tests.kernels.test_linear import check_int4
 from tests.models import tiny
 from tests.models.test_families import logits_through_pages
 
@@ -65,8 +68,10 @@ def export(
     path: Path,
     quantize: GGMLQuantizationType = GGMLQuantizationType.F32,
     change: Callable[[dict[str, Any], dict[str, np.ndarray]], None] = lambda fields, tensors: None,
+    kinds: Mapping[str, GGMLQuantizationType] = {},
 ) -> torch.nn.Module:
-    """Write a tiny model as a GGUF file, as exporting tools do; `change` may spoil it."""
+    """Write a tiny model as a GGUF file, as exporting tools do; `change` may spoil it. Matrices
+    are of type `quantize`, those of a part in `kinds` ("attn_q") of that type."""
     model = tiny.build(family)
     config = model.config.to_dict()
     of = FAMILIES[type(model).__name__]
@@ -99,7 +104,9 @@ def export(
             writer.add_uint32(key, value)
     write_tokenizer(writer)
     for name, value in tensors.items():
-        kind = quantize if value.ndim == 2 else GGMLQuantizationType.F32
+        kind = GGMLQuantizationType.F32
+        if value.ndim == 2:
+            kind = kinds.get(name.split(".")[-2], quantize)
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -200,6 +207,108 @@ def test_a_quantised_model_is_near_its_original(kind: str, tmp_path: Path) -> No
     for name, value in model.state_dict().items():
         spread = (value.max() - value.min()).item()
         assert (weights[name] - value).abs().max().item() <= spread * step
+
+
+INT4_KINDS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1]
+needs_int4 = pytest.mark.skipif(not has_int4_kernel(), reason="no 4-bit kernel on this CPU")
+
+
+@pytest.mark.parametrize("kind", INT4_KINDS)
+def test_codes_are_what_the_package_dequantises(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    export("llama-biased", path, kind)
+    file = GGUFFile(path)
+    config = config_from_gguf(file)
+    kept = weights_from_gguf(file, config, torch.float32, keep_int4=True)
+    dense = weights_from_gguf(file, config, torch.float32)
+    codes = {name: weight for name, weight in kept.items() if isinstance(weight, Int4Weight)}
+    assert len(codes) == 7 * config.n_layers + 1  # and the head, which is not tied
+    for name, weight in codes.items():
+        torch.testing.assert_close(weight.dense(torch.float32), dense[name], rtol=0, atol=1e-8)
+    assert all(torch.equal(kept[name], dense[name]) for name in kept.keys() - codes.keys())
+
+
+def check_against_dequantised(path: Path) -> LoadedModel:
+    """The model at `path` with its codes kept, which is as near to float32 as bfloat16 is."""
+    ids = torch.arange(0, 280, 7)
+    models, logits = {}, {}
+    for dtype in ("float32", "bfloat16", "int4"):
+        models[dtype] = load_model(str(path), dtype=dtype, device="cpu")
+        logits[dtype] = logits_through_pages(models[dtype], ids, [len(ids)], "reference")
+    for dtype in ("float32", "bfloat16"):
+        assert models[dtype].decoder.n_int4 == 0
+        assert models[dtype].precision == dtype
+    assert models["int4"].precision == "int4 weights, bfloat16"
+    assert models["int4"].decoder.weight_bytes < models["bfloat16"].decoder.weight_bytes
+    off = {dtype: (logits[dtype] - logits["float32"]).std().item() for dtype in logits}
+    assert 0 < off["int4"] < 1.5 * off["bfloat16"]
+    return models["int4"]
+
+
+@needs_int4
+@pytest.mark.parametrize("kind", INT4_KINDS)
+@pytest.mark.parametrize("family", ["llama3", "llama-biased", "qwen2", "qwen3"])
+def test_a_model_of_codes_computes_what_its_dequantised_one_does(
+    family: str, kind: GGMLQuantizationType, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    export(family, path, kind)
+    kept = check_against_dequantised(path)
+    # Not the head, tied or not: its 300 outputs are not whole sixteens.
+    assert kept.decoder.n_int4 == 4 * kept.config.n_layers
+
+
+@needs_int4
+def test_a_fused_matrix_of_several_types_is_dequantised(tmp_path: Path) -> None:
+    """As in files of type Q4_K_M and the like, whose v is finer than its q and k."""
+    path = tmp_path / "model.gguf"
+    kinds = {"attn_v": GGMLQuantizationType.Q8_0, "token_embd": GGMLQuantizationType.Q8_0}
+    export("llama3", path, GGMLQuantizationType.Q4_1, kinds=kinds)
+    kept = check_against_dequantised(path)
+    assert kept.decoder.n_int4 == 3 * kept.config.n_layers
+
+
+def test_int4_is_refused_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    export("llama3", path, GGMLQuantizationType.Q8_0)
+    monkeypatch.setattr(loading, "has_int4_kernel", lambda: True)
+    with pytest.raises(ValueError, match=r"'int4', but .*model.gguf has no 4-bit matrices"):
+        load_model(str(path), dtype="int4", device="cpu")
+    with pytest.raises(ValueError, match="'int4' needs device 'cpu', device = 'cuda:0'"):
+        loading.keeps_int4("int4", "cuda:0")
+    monkeypatch.setattr(loading, "has_int4_kernel", lambda: False)
+    with pytest.raises(ValueError, match="'int4' needs a CPU with AVX512, found "):
+        load_model(str(path), dtype="int4", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "kept"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": True, "amx_bf16": True}, False),
+        ({"avx512_f": True}, False),
+        ({}, False),
+    ],
+)
+def test_codes_are_kept_unasked_where_that_was_measured(
+    capabilities: dict[str, bool], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(loading, "has_int4_kernel", lambda: True)
+    assert loading.keeps_int4(None, "cpu") == kept
+    assert not loading.keeps_int4(None, "cuda")
+    assert not loading.keeps_int4("bfloat16", "cpu")
+    assert loading.keeps_int4("int4", "cpu")
+
+
+@needs_int4
+def test_real_matrices(smollm2_path: Path) -> None:
+    file = GGUFFile(smollm2_path)
+    for part in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_down"):
+        for layer in (0, 14, 29):
+            check_int4(file.int4(f"blk.{layer}.{part}.weight"))
 
 
 @given(

@@ -191,6 +191,7 @@ def test_bad_arguments(directory: Path) -> None:
 def test_dtype_by_device() -> None:
     assert choose_dtype(None, "cuda") == torch.bfloat16
     assert choose_dtype("float16", "cpu") == torch.float16
+    assert choose_dtype("int4", "cpu") == torch.bfloat16
     assert choose_dtype(None, "cpu") in (torch.bfloat16, torch.float32)
 
 
