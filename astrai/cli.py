@@ -92,26 +92,28 @@ def engine_config(
         str, typer.Option("--model", "-m", help="A known name, directory, GGUF file or hub id.")
     ] = _DEFAULT.model,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: fastest here.")
+        str | None, typer.Option(help="float32, bfloat16, float16 or int4; default: fastest.")
     ] = _DEFAULT.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = _DEFAULT.device,
     load_format: Annotated[
         str, typer.Option(help="auto, or dummy: random weights in the model's shape.")
     ] = _DEFAULT.load_format,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
-    max_slots: Annotated[int, typer.Option(help="Requests that run at once.")] = _DEFAULT.max_slots,
+    max_slots: Annotated[
+        int | None, typer.Option(help="Requests that run at once; default: by device.")
+    ] = _DEFAULT.max_slots,
     page_size: Annotated[int, typer.Option(help="Tokens in a page.")] = _DEFAULT.page_size,
     kv_tokens: Annotated[
         int | None, typer.Option(help="Tokens the KV pool holds; default: by --kv-bytes.")
     ] = _DEFAULT.kv_tokens,
     kv_bytes: Annotated[
-        int, typer.Option(help="Bound on the KV pool without --kv-tokens.")
+        int | None, typer.Option(help="Bound on the KV pool; default: by device.")
     ] = _DEFAULT.kv_bytes,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest prompt + answer, in tokens; default: the model's.")
     ] = _DEFAULT.max_model_len,
     prefill_budget: Annotated[
-        int, typer.Option(help="Prompt tokens computed per tick at most.")
+        int | None, typer.Option(help="Prompt tokens a tick computes at most; default: by device.")
     ] = _DEFAULT.prefill_budget,
     ageing_ticks: Annotated[
         int, typer.Option(help="Ticks of waiting that outweigh one step of priority.")

@@ -34,14 +34,14 @@ class EngineConfig:
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: cuda if there is one
     load_format: str = "auto"  # "dummy": random weights in the model's real shape
     threads: int | None = None  # CPU threads; None: PyTorch's choice
-    max_slots: int = 8  # tasks that run at once
+    max_slots: int | None = None  # tasks that run at once; None: 8 on a CPU, 256 on a GPU
     page_size: int = 64
     kv_tokens: int | None = None  # positions in the pool; None: for every slot, within kv_bytes
-    kv_bytes: int = 2 << 30  # bound on the pool when kv_tokens is None
+    kv_bytes: int | None = None  # bound on the pool; None: 2 GiB on a CPU, 90 % of what is free
     max_model_len: int | None = None  # None: the model's own, or the pool's if that is less
-    prefill_budget: int = 512
+    prefill_budget: int | None = None  # prompt tokens a tick; None: 512 on a CPU, 8192 on a GPU
     ageing_ticks: int = 256
-    group_decode: GroupDecode = "length"
+    group_decode: GroupDecode = "length"  # on a CPU; a GPU takes ragged lengths as they are
     prefix_cache: bool = True
     batching: Batching = "continuous"  # static is there to be measured
     attention: str = "auto"  # a backend of kernels/attention; auto: by device
@@ -50,17 +50,17 @@ class EngineConfig:
     record: str | None = None  # write every event to this JSONL file
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_slots",
-            "page_size",
-            "prefill_budget",
-            "ageing_ticks",
-            "kv_bytes",
-            "max_waiting",
-        ):
+        for name in ("page_size", "ageing_ticks", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
-        for name in ("threads", "kv_tokens", "max_model_len"):
+        for name in (
+            "threads",
+            "max_slots",
+            "prefill_budget",
+            "kv_tokens",
+            "kv_bytes",
+            "max_model_len",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}, expected at least 1 or None")

@@ -94,7 +94,7 @@ def _measure(args: argparse.Namespace, shapes: Sequence[tuple[int, int]], how: s
 
     llm.events.attach(count)
     measured = run(llm, requests)
-    return Side(measured.seconds, measured.ticks, busy / (measured.ticks * llm.config.max_slots))
+    return Side(measured.seconds, measured.ticks, busy / (measured.ticks * args.slots))
 
 
 def _ticks_ratio(args: argparse.Namespace, width: int) -> float:

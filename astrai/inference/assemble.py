@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from astrai.config import EngineConfig, SchedulerConfig
 from astrai.inference.cache.books import Books
 from astrai.inference.cache.storage import KVCache
-from astrai.inference.engine import Engine
+from astrai.inference.engine import Engine, PlanRunner
 from astrai.inference.events import EventLog, JsonlWriter
 from astrai.inference.intake import Intake, Limits
 from astrai.inference.runner import Runner
@@ -20,14 +22,19 @@ from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import Update
 from astrai.kernels.attention import load_backend
 from astrai.models.config import ModelConfig
-from astrai.models.loading import LoadedModel, load_model, parameter_count
+from astrai.models.loading import LoadedModel, load_model
 from astrai.models.tokenizer import Tokenizer
+
+_CPU_KV_BYTES = 2 << 30
+# The rest of a GPU's free memory is for graphs, the libraries and the allocator's rounding.
+_GPU_SHARE = 0.9
 
 
 class Budget(NamedTuple):
     """What the engine keeps in memory, in bytes, and what was decided at start."""
 
     weights: int
+    workspace: int
     kv: int
     kv_tokens: int
     max_model_len: int
@@ -35,16 +42,23 @@ class Budget(NamedTuple):
     device: str
     load_seconds: float
 
+    @property
+    def total(self) -> int:
+        return self.weights + self.workspace + self.kv
+
     def lines(self) -> list[str]:
         mib = 1 << 20
+        workspace = f"workspace{self.workspace / mib:8.1f} MiB  activations and samplers"
         return [
             f"weights  {self.weights / mib:8.1f} MiB  {self.dtype} on {self.device}",
+            *([workspace] if self.workspace else []),
             f"KV pool  {self.kv / mib:8.1f} MiB  {self.kv_tokens} tokens, taken as they are used",
-            f"total    {(self.weights + self.kv) / mib:8.1f} MiB  in {self.load_seconds:.1f} s",
+            f"total    {self.total / mib:8.1f} MiB  in {self.load_seconds:.1f} s",
         ]
 
 
 class Assembled(NamedTuple):
+    config: EngineConfig  # with what was decided in place of None
     engine: Engine
     intake: Intake
     tokenizer: Tokenizer
@@ -66,32 +80,21 @@ def assemble(config: EngineConfig, deliver: Callable[[list[Update]], None]) -> A
     loaded = load_model(
         config.model, config.dtype, config.device, config.load_format, seed=config.seed
     )
-    device = loaded.decoder.device
-    n_pages = _n_pages(config, loaded)
-    try:
-        kv = KVCache(
-            loaded.config.n_layers,
-            n_pages,
-            config.page_size,
-            loaded.config.n_kv_heads,
-            loaded.config.head_dim,
-            loaded.dtype,
-            device,
-        )
-    except (RuntimeError, MemoryError) as error:
-        size = n_pages * _bytes_per_page(config, loaded) / (1 << 20)
-        raise MemoryError(
-            f"the KV pool of {n_pages} pages ({size:.0f} MiB) does not fit: {error}"
-        ) from error
+    on_gpu = loaded.decoder.device.type == "cuda"
+    config, slots, chunk = _decided(config, on_gpu)
+    workspace = _workspace(loaded, slots, chunk) if on_gpu else 0
+    n_pages = _n_pages(config, loaded, slots, workspace)
     max_model_len = _max_model_len(config, loaded.config, n_pages)
+    kv = _allocate(config, loaded, n_pages)
+    runner = _make_runner(config, loaded, kv, slots, chunk, max_model_len)
     events = EventLog()
     recorder = JsonlWriter(config.record) if config.record else None
     if recorder:
         events.attach(recorder)
     scheduler = Scheduler(
         SchedulerConfig(
-            max_slots=config.max_slots,
-            prefill_budget=config.prefill_budget,
+            max_slots=slots,
+            prefill_budget=chunk,
             ageing_ticks=config.ageing_ticks,
             group_decode=config.group_decode,
             batching=config.batching,
@@ -100,23 +103,93 @@ def assemble(config: EngineConfig, deliver: Callable[[list[Update]], None]) -> A
         time.monotonic,
         events,
     )
-    attention = load_backend(_backend_name(config, device))(kv, loaded.config)
-    sampler = Sampler(loaded.config.vocab_size, config.max_slots, device)
-    engine = Engine(scheduler, Runner(loaded.decoder, kv, attention, sampler), deliver)
     limits = Limits(
         max_model_len, loaded.config.vocab_size, loaded.eos_token_ids, config.max_waiting
     )
     budget = Budget(
-        weights=parameter_count(loaded.config) * loaded.dtype.itemsize,
+        weights=loaded.decoder.weight_bytes,
+        workspace=workspace,
         kv=kv.bytes_per_page * n_pages,
         kv_tokens=n_pages * config.page_size,
         max_model_len=max_model_len,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=str(device),
+        dtype=loaded.precision,
+        device=str(loaded.decoder.device),
         load_seconds=time.perf_counter() - started,
     )
-    intake = Intake(limits, loaded.tokenizer, scheduler, config.seed)
-    return Assembled(engine, intake, loaded.tokenizer, events, recorder, loaded.name, budget)
+    # What is loaded stays: the collector need not walk it again, in the middle of some tick.
+    gc.collect()
+    gc.freeze()
+    return Assembled(
+        config,
+        Engine(scheduler, runner, deliver),
+        Intake(limits, loaded.tokenizer, scheduler, config.seed),
+        loaded.tokenizer,
+        events,
+        recorder,
+        loaded.name,
+        budget,
+    )
+
+
+class _Decided(NamedTuple):
+    config: EngineConfig
+    max_slots: int
+    prefill_budget: int
+
+
+def _decided(config: EngineConfig, on_gpu: bool) -> _Decided:
+    """What None means on this device."""
+    slots = config.max_slots or (256 if on_gpu else 8)
+    chunk = config.prefill_budget or (8192 if on_gpu else 512)
+    # A GPU's attention takes ragged lengths: groups would cost the host and give nothing.
+    groups = "off" if on_gpu else config.group_decode
+    config = replace(config, max_slots=slots, prefill_budget=chunk, group_decode=groups)
+    return _Decided(config, slots, chunk)
+
+
+def _workspace(loaded: LoadedModel, slots: int, chunk: int) -> int:
+    from astrai.inference.gpu_model import workspace_bytes
+
+    return workspace_bytes(loaded.config, loaded.dtype.itemsize, slots, chunk)
+
+
+def _make_runner(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    kv: KVCache,
+    slots: int,
+    chunk: int,
+    max_model_len: int,
+) -> PlanRunner:
+    """The GPU's runner, or the plain one over an attention backend."""
+    decoder, device = loaded.decoder, loaded.decoder.device
+    sampler = Sampler(loaded.config.vocab_size, slots, device)
+    if device.type == "cuda" and config.attention == "auto":
+        from astrai.inference.gpu_runner import GpuRunner
+
+        runner = GpuRunner(decoder, kv, sampler, slots, chunk, max_model_len)
+        runner.warm()
+        return runner
+    name = "cpu" if config.attention == "auto" else config.attention
+    return Runner(decoder, kv, load_backend(name)(kv, loaded.config), sampler)
+
+
+def _allocate(config: EngineConfig, loaded: LoadedModel, n_pages: int) -> KVCache:
+    try:
+        return KVCache(
+            loaded.config.n_layers,
+            n_pages,
+            config.page_size,
+            loaded.config.n_kv_heads,
+            loaded.config.head_dim,
+            loaded.dtype,
+            loaded.decoder.device,
+        )
+    except (RuntimeError, MemoryError) as error:
+        size = n_pages * _bytes_per_page(config, loaded) / (1 << 20)
+        raise MemoryError(
+            f"the KV pool of {n_pages} pages ({size:.0f} MiB) does not fit: {error}"
+        ) from error
 
 
 def _bytes_per_page(config: EngineConfig, loaded: LoadedModel) -> int:
@@ -125,7 +198,7 @@ def _bytes_per_page(config: EngineConfig, loaded: LoadedModel) -> int:
     return per_token * config.page_size
 
 
-def _n_pages(config: EngineConfig, loaded: LoadedModel) -> int:
+def _n_pages(config: EngineConfig, loaded: LoadedModel, slots: int, workspace: int) -> int:
     """Pages of the pool: what was asked for, else a full context for every slot within kv_bytes."""
     if config.kv_tokens is not None:
         n_pages = config.kv_tokens // config.page_size
@@ -133,13 +206,20 @@ def _n_pages(config: EngineConfig, loaded: LoadedModel) -> int:
             raise ValueError(f"{config.kv_tokens = }, expected at least {config.page_size = }")
         return n_pages
     context = config.max_model_len or loaded.config.max_positions
-    wanted = -(-context // config.page_size) * config.max_slots
-    affordable = config.kv_bytes // _bytes_per_page(config, loaded)
-    if affordable < 1:
+    wanted = -(-context // config.page_size) * slots
+    budget = config.kv_bytes
+    if budget is None:
+        budget = _CPU_KV_BYTES
+        if loaded.decoder.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(loaded.decoder.device)
+            budget = int(free * _GPU_SHARE) - workspace
+    page = _bytes_per_page(config, loaded)
+    if budget < page:
         raise ValueError(
-            f"{config.kv_bytes = }, expected at least {_bytes_per_page(config, loaded)} (one page)"
+            f"{budget} bytes are left for the KV pool beside a workspace of {workspace}, "
+            f"expected at least one page of {page}"
         )
-    return min(wanted, affordable)
+    return min(wanted, budget // page)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, n_pages: int) -> int:
@@ -155,9 +235,3 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, n_pages: int) -> in
             f"{model.max_positions} positions, the KV pool holds {pool - 1}"
         )
     return config.max_model_len
-
-
-def _backend_name(config: EngineConfig, device: torch.device) -> str:
-    if config.attention != "auto":
-        return config.attention
-    return "cpu" if device.type == "cpu" else "reference"

@@ -54,8 +54,8 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig | None = None) -> None:
-        self.config = config or EngineConfig()
-        parts = assemble(self.config, self._deliver)
+        parts = assemble(config or EngineConfig(), self._deliver)
+        self.config = parts.config
         self._engine = parts.engine
         self._intake = parts.intake
         self._recorder = parts.recorder

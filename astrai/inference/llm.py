@@ -78,8 +78,8 @@ class LLM:
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         if unknown := sorted(set(options) - known):
             raise TypeError(f"LLM has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        self.config = EngineConfig(model=model, **options)
-        parts = assemble(self.config, self._read)
+        parts = assemble(EngineConfig(model=model, **options), self._read)
+        self.config = parts.config
         self.engine = parts.engine
         self.tokenizer: Tokenizer = parts.tokenizer
         self.events = parts.events

@@ -82,15 +82,16 @@ def test_same_tokens_whatever_else_runs(
     assert llm.engine.scheduler.books.counts.held == 0
 
 
-def test_float32_is_as_steady(requests: list[tuple[list[int], SamplingParams]]) -> None:
-    wide = LLM("smollm2", dtype="float32", max_slots=4)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_dtypes_are_as_steady(
+    dtype: str, requests: list[tuple[list[int], SamplingParams]]
+) -> None:
+    wide = LLM("smollm2", dtype=dtype, max_slots=4)
     made = []
     for request in requests[:5]:
         wide.engine.scheduler.books.drop_cached()
         made += tokens_of(wide, [request])
-    small = LLM(
-        "smollm2", dtype="float32", max_slots=4, kv_tokens=256, page_size=16, prefill_budget=11
-    )
+    small = LLM("smollm2", dtype=dtype, max_slots=4, kv_tokens=256, page_size=16, prefill_budget=11)
     assert tokens_of(small, requests[:5]) == made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from astrai.config import EngineConfig
@@ -78,7 +79,7 @@ class FakeEngine:
     max_waiting = 100
 
     def __init__(self, config: EngineConfig | None = None) -> None:
-        self.config = config or EngineConfig()
+        self.config = replace(config or EngineConfig(), max_slots=8)
         self.budget = Budget()
         self.tokenizer = ByteTokenizer()
         self.open: set[str] = set()

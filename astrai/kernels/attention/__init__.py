@@ -49,6 +49,7 @@ class AttentionBackend(Protocol):
 BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("astrai.kernels.attention.reference", "ReferenceAttention"),
     "cpu": ("astrai.kernels.attention.cpu", "CpuAttention"),
+    "triton": ("astrai.kernels.attention.triton", "TritonAttention"),
 }
 
 

@@ -1,0 +1,139 @@
+"""What a GPU remembers of every slot between ticks, and how a tick's changes reach it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from astrai.inference.task import Task
+
+_ALIGN = 64  # int32 words: views start where 16-byte loads may
+
+
+class SlotState:
+    """Page table, last tokens, seed and temperature of every slot, and of one more for padding.
+
+        arena int32   | tables [slots + 1, width] | last [.., 2] | seeds [.., 2] | temperatures |
+
+    The token sampled for position p is at last[slot, p % 2]: computing a position a second time
+    finds the token it was given the first time.
+
+    Owns the arena and the list of changes since the last upload. Does not own tasks or pages.
+    """
+
+    def __init__(self, max_slots: int, max_pages: int, device: torch.device) -> None:
+        rows = max_slots + 1
+        self.max_slots = max_slots
+        self.padding_slot = max_slots
+        self.width = _aligned(max_pages)
+        sizes = [rows * self.width, 2 * rows, 2 * rows, rows]
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + _aligned(size))
+        self._last_at, self._seeds_at, self._heat_at = starts[1:4]
+        self.arena = torch.zeros(starts[-1], dtype=torch.int32, device=device)
+        self.tables = self.arena[: sizes[0]].view(rows, self.width)
+        self.last = self.arena[self._last_at :][: sizes[1]].view(rows, 2)
+        self.seeds = self.arena[self._seeds_at :][: sizes[2]].view(rows, 2)
+        self.temperatures = self.arena[self._heat_at :][: sizes[3]].view(torch.float32)
+        self._task: list[Task | None] = [None] * max_slots
+        self._epoch = [-1] * max_slots
+        self._n_pages = [0] * max_slots
+        self._changes: list[int] = []  # place, value, place, value, ...
+
+    def follow(self, task: Task, epoch: int) -> None:
+        """Note what the device does not know yet of the task in its slot."""
+        slot, table = task.slot, task.page_table
+        known = self._n_pages[slot]
+        if self._task[slot] is not task or self._epoch[slot] != epoch:
+            self._seat(task, epoch)
+            known = 0
+        if len(table) == known:
+            return
+        if len(table) > self.width:
+            raise ValueError(f"{len(table) = } pages of task {task.id}, expected <= {self.width}")
+        base = slot * self.width
+        for page in range(known, len(table)):
+            self._changes += (base + page, table[page])
+        self._n_pages[slot] = len(table)
+
+    def take_changes(self) -> np.ndarray:
+        """int32 [n, 2]: (place in the arena, value) since the last call."""
+        changes = np.array(self._changes, dtype=np.int64).astype(np.int32).reshape(-1, 2)
+        self._changes.clear()
+        return changes
+
+    def forget(self) -> None:
+        """A launch failed before its upload: send everything again."""
+        self._task = [None] * self.max_slots
+        self._changes.clear()
+
+    def _seat(self, task: Task, epoch: int) -> None:
+        slot = task.slot
+        self._task[slot], self._epoch[slot], self._n_pages[slot] = task, epoch, 0
+        seed = task.seed & 0xFFFFFFFFFFFFFFFF
+        self._changes += (
+            self._seeds_at + 2 * slot, _signed(seed & 0xFFFFFFFF),
+            self._seeds_at + 2 * slot + 1, _signed(seed >> 32),
+            self._heat_at + slot, _float_bits(task.params.temperature),
+        )  # fmt: skip
+
+
+class Staging:
+    """int32 arrays filled on the host and copied to fixed places on the device in one piece.
+
+    Owns the device memory and a ring of pinned buffers: a buffer is written again only after as
+    many launches as the ring has places, by which time its copy is long done.
+    """
+
+    def __init__(self, sizes: dict[str, int], device: torch.device, ring: int = 4) -> None:
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name, size in sizes.items():
+            self._starts[name] = end
+            end += _aligned(size)
+        self.device = torch.zeros(end, dtype=torch.int32, device=device)
+        self.views = {
+            name: self.device[self._starts[name] :][:size] for name, size in sizes.items()
+        }
+        pin = device.type == "cuda"
+        self._pinned = [torch.zeros(end, dtype=torch.int32, pin_memory=pin) for _ in range(ring)]
+        self._arrays = [pinned.numpy() for pinned in self._pinned]
+        self._turn = 0
+        self._end = 0
+
+    def begin(self) -> None:
+        self._turn = (self._turn + 1) % len(self._pinned)
+        self._end = 0
+
+    def put(
+        self, name: str, values: Sequence[int] | np.ndarray, room: int = 0, fill: int = 0
+    ) -> None:
+        """`values` from the start of `name`, then `fill` up to `room` values in all."""
+        start, n = self._starts[name], len(values)
+        array = self._arrays[self._turn]
+        array[start : start + n] = values
+        if room > n:
+            array[start + n : start + room] = fill
+        self._end = max(self._end, start + max(n, room))
+
+    def copy(self) -> None:
+        """Everything up to the last value put, asynchronously."""
+        part = self._pinned[self._turn][: self._end]
+        self.device[: self._end].copy_(part, non_blocking=True)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _float_bits(value: float) -> int:
+    clipped = min(value, 3.0e38)
+    return int(struct.unpack("<i", struct.pack("<f", clipped))[0])

@@ -1,0 +1,101 @@
+"""What the kernels share about one head: its norm, its rope, its place in the pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr) -> None:
+    """Before the first access to what the kernel before this one wrote or still reads."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release_next(PDL: tl.constexpr) -> None:
+    """The next kernel may start to load what does not depend on this one."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def load_gains(
+    weight: tl.tensor, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, NORM: tl.constexpr
+) -> tl.tensor:
+    """float32 [DIM_PADDED] twice: the norm's weight of each dimension, and of its partner."""
+    d = tl.arange(0, DIM_PADDED)
+    own = tl.full([DIM_PADDED], 1.0, tl.float32)
+    other = own
+    if NORM:
+        own = tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)
+        other = tl.load(weight + (d + DIM // 2) % DIM, mask=d < DIM, other=0.0).to(tl.float32)
+    return own, other
+
+
+@triton.jit
+def load_angles(
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    position: tl.tensor,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    ROPE: tl.constexpr,
+) -> tl.tensor:
+    """float32 [DIM_PADDED] twice: cosine, and sine with the sign of the partner's share."""
+    HALF: tl.constexpr = DIM // 2
+    d = tl.arange(0, DIM_PADDED)
+    cosine = tl.full([DIM_PADDED], 1.0, tl.float32)
+    sine = tl.zeros([DIM_PADDED], tl.float32)
+    if ROPE:
+        at = position * HALF + d % HALF
+        cosine = tl.load(cosines + at, mask=d < DIM, other=0.0)
+        sine = tl.load(sines + at, mask=d < DIM, other=0.0)
+        sine = tl.where(d < HALF, -sine, sine)
+    return cosine, sine
+
+
+@triton.jit
+def load_heads(
+    x: tl.tensor,
+    live: tl.tensor,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    ROPE: tl.constexpr,
+) -> tl.tensor:
+    """float32 [rows, DIM_PADDED] twice: heads at pointers `x` [rows, 1], and their partners."""
+    d = tl.arange(0, DIM_PADDED)
+    there = live & (d < DIM)[None, :]
+    own = tl.load(x + d[None, :], mask=there, other=0.0)
+    other = own
+    if ROPE:
+        other = tl.load(x + ((d + DIM // 2) % DIM)[None, :], mask=there, other=0.0)
+    return own.to(tl.float32), other.to(tl.float32)
+
+
+@triton.jit
+def turn_heads(
+    own: tl.tensor,
+    other: tl.tensor,
+    own_gain: tl.tensor,
+    other_gain: tl.tensor,
+    cosine: tl.tensor,
+    sine: tl.tensor,
+    eps: tl.tensor,
+    DIM: tl.constexpr,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+) -> tl.tensor:
+    """float32 [rows, DIM_PADDED]: the heads normed, then turned by rope.
+
+    Dimension i turns with its partner i + DIM // 2. All loads come before this, so that their
+    latencies overlap.
+    """
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(own * own, axis=1) / DIM + eps)[:, None]
+        own = own * rstd * own_gain[None, :]
+        other = other * rstd * other_gain[None, :]
+    if ROPE:
+        own = own * cosine[None, :] + other * sine[None, :]
+    return own

@@ -1,0 +1,108 @@
+"""The fused kernels against torch and the general sampler, through Triton's interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tests.kernels.triton_interpreter  # noqa: F401  (before the kernels)
+from astrai.inference.sampler import Sampler, SampleRow
+from astrai.inference.sampling_params import SamplingParams
+from astrai.kernels.triton.elementwise import embed, rms_norm, scatter, silu_mul
+from astrai.kernels.triton.matvec import matvec
+from astrai.kernels.triton.sampling import SamplingScratch, sample
+
+
+@pytest.mark.parametrize("k", [96, 2048, 3072, 4608])
+def test_matvec_with_norm_bias_and_residual(k: int) -> None:
+    torch.manual_seed(0)
+    n, eps = 37, 1e-5
+    x, weight, bias, gain = torch.randn(1, k), torch.randn(n, k), torch.randn(n), torch.rand(k)
+    out = torch.randn(1, n)
+    expected = out + F.linear(F.rms_norm(x, (k,), gain, eps), weight, bias)
+    matvec(x, weight, out, bias=bias, norm=gain, eps=eps, add=True)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_matvec_with_silu() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 64), torch.randn(66, 64), torch.randn(66)
+    gate, up = F.linear(x, weight, bias).chunk(2, dim=1)
+    out = torch.empty(1, 33)
+    matvec(x, weight, out, bias=bias, silu=True)
+    torch.testing.assert_close(out, F.silu(gate) * up, rtol=1e-4, atol=1e-4)
+
+
+def test_matvec_takes_one_row() -> None:
+    with pytest.raises(ValueError, match="expected one row"):
+        matvec(torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(2, 4))
+
+
+def test_elementwise() -> None:
+    torch.manual_seed(0)
+    x, gain, out = torch.randn(5, 96), torch.rand(96), torch.empty(3, 96)
+    rows = torch.tensor([4, 0, 2], dtype=torch.int32)
+    rms_norm(x, gain, out, 1e-5, rows=rows)
+    torch.testing.assert_close(out, F.rms_norm(x[rows], (96,), gain, 1e-5))
+    gate_up, acted = torch.randn(3, 200), torch.empty(3, 100)
+    silu_mul(gate_up, acted)
+    torch.testing.assert_close(acted, F.silu(gate_up[:, :100]) * gate_up[:, 100:])
+
+
+def test_embed_takes_the_last_token_where_the_host_has_none() -> None:
+    table = torch.arange(40.0).view(10, 4)
+    last = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+    tokens, slots, positions = torch.tensor(
+        [[7, -1, -1], [0, 0, 1], [5, 5, 8]], dtype=torch.int32
+    ).unbind(0)
+    out = torch.empty(3, 4)
+    embed(table, tokens, slots, positions, last, out)
+    assert torch.equal(out, table[[7, 2, 3]])  # an odd position's token is the second
+
+
+def test_scatter() -> None:
+    state = torch.zeros(8, dtype=torch.int32)
+    scatter(state, torch.tensor([3, 30, 5, 50, 7, 70], dtype=torch.int32), 2)
+    assert state.tolist() == [0, 0, 0, 30, 0, 50, 0, 0]
+
+
+def test_sampling_agrees_with_the_general_sampler() -> None:
+    vocab, n, slots_n = 5003, 24, 40
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    logits = (torch.randn(n, vocab) * 3).bfloat16().float()
+    slots = torch.randperm(slots_n)[:n].int()
+    positions = torch.randint(0, 4000, (n,)).int()
+    heat, seeds = torch.zeros(slots_n), torch.zeros(slots_n, 2, dtype=torch.int32)
+    rows = []
+    for i in range(n):
+        temperature, seed = [0.0, 0.6, 1.0, 1.7][i % 4], int(rng.integers(1 << 63)) * 2 + 1
+        slot = int(slots[i])
+        heat[slot] = temperature
+        seeds[slot] = torch.from_numpy(np.array([seed], np.uint64).view(np.int32).copy())
+        params = SamplingParams(temperature=temperature)
+        rows.append(SampleRow(params, seed, int(positions[i]) + 1, slot, [], []))
+    last, tokens = torch.zeros(slots_n, 2, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    tops, before = torch.empty(n), positions.clone()
+    scratch = SamplingScratch(vocab, n, torch.device("cpu"))
+    sample(scratch, logits, heat, seeds, slots, positions, last, tokens, tops)
+    expected = [drawn.token for drawn in Sampler(vocab, slots_n, "cpu").sample(logits, rows)]
+    assert tokens.tolist() == expected
+    assert torch.equal(positions, before + 1)
+    assert last[slots.long(), (positions & 1).long()].tolist() == expected
+
+
+def test_sampling_reports_what_is_not_finite() -> None:
+    logits = torch.randn(2, 700)
+    logits[1, 650] = float("nan")
+    heat, seeds = torch.tensor([0.0, 1.0]), torch.zeros(2, 2, dtype=torch.int32)
+    slots, positions = torch.tensor([0, 1]).int(), torch.tensor([4, -1]).int()
+    last, tokens = torch.zeros(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+    tops = torch.empty(2)
+    scratch = SamplingScratch(700, 2, torch.device("cpu"))
+    sample(scratch, logits, heat, seeds, slots, positions, last, tokens, tops)
+    assert tokens[0] == logits[0].argmax() and tops[0] == logits[0].max()
+    assert tops[1].isnan() and 0 <= tokens[1] < 700
+    assert positions.tolist() == [5, -1]  # padding stays where it is

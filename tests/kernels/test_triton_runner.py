@@ -1,0 +1,121 @@
+"""The whole GPU path on the CPU, through Triton's interpreter, against the plain runner."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import tests.kernels.triton_interpreter  # noqa: F401  (before the kernels)
+from astrai.config import SchedulerConfig
+from astrai.inference.cache.books import Books
+from astrai.inference.cache.storage import KVCache
+from astrai.inference.engine import Engine, Message
+from astrai.inference.events import EventLog
+from astrai.inference.gpu_runner import GpuRunner
+from astrai.inference.runner import Runner
+from astrai.inference.sampler import Sampler
+from astrai.inference.sampling_params import SamplingParams
+from astrai.inference.scheduler import Scheduler
+from astrai.inference.task import Task, Update
+from astrai.kernels.attention import load_backend
+from astrai.kernels.linear import DenseLinear
+from astrai.models import decoder as decoder_module
+from astrai.models.config import config_from_hf
+from astrai.models.decoder import Decoder
+from astrai.models.loading import dummy_weights
+
+SHAPE: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 300, "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1,
+}  # fmt: skip
+MAX_SLOTS, BUDGET = 4, 40
+ASKED: list[dict[str, Any]] = [
+    {}, {"temperature": 0.0}, {"top_k": 5}, {"presence_penalty": 1.0},
+    {"logprobs": 2, "temperature": 0.0}, {"min_tokens": 2},
+]  # fmt: skip
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    monkeypatch.setattr(decoder_module, "make_linear", DenseLinear)  # as on a GPU
+    config = config_from_hf(SHAPE)
+    weights = dummy_weights(config, torch.float32, "cpu")
+    for name, weight in weights.items():
+        if not name.endswith("norm.weight"):
+            weight *= 8.0
+    return Decoder(config, weights, torch.float32, "cpu")
+
+
+def make_tasks(n: int) -> list[Task]:
+    rng = random.Random(0)
+    common = [rng.randrange(300) for _ in range(40)]
+    tasks = []
+    for i in range(n):
+        prompt = (common if i % 3 == 0 else []) + [
+            rng.randrange(300) for _ in range(rng.randint(1, 40))
+        ]
+        count = rng.randint(2, 9)
+        params = SamplingParams(
+            max_tokens=count, prompt_logprobs=1 if i == 4 else None, **ASKED[i % len(ASKED)]
+        )
+        tasks.append(Task(i, str(i), prompt, params, count, seed=1000 + i, stop_ids=frozenset([7])))
+    return tasks
+
+
+def run(
+    decoder: Decoder, kind: str, n_pages: int, tasks: list[Task]
+) -> tuple[list[Task], Scheduler]:
+    c = decoder.config
+    kv = KVCache(c.n_layers, n_pages, 16, c.n_kv_heads, c.head_dim, torch.float32)
+    events = EventLog()
+    books = Books(n_pages, 16, True, events)
+    config = SchedulerConfig(max_slots=MAX_SLOTS, prefill_budget=BUDGET)
+    scheduler = Scheduler(config, books, time.monotonic, events)
+    sampler = Sampler(c.vocab_size, MAX_SLOTS, "cpu")
+    runner: Any
+    if kind == "plain":
+        runner = Runner(decoder, kv, load_backend("reference")(kv, c), sampler)
+    else:
+        runner = GpuRunner(decoder, kv, sampler, MAX_SLOTS, BUDGET, max_model_len=128)
+    ends: list[Update] = []
+    engine = Engine(scheduler, runner, ends.extend)
+    engine.post(Message(add=tasks))
+    for _ in range(1000):
+        if engine.idle:
+            break
+        engine.step()
+    assert engine.idle
+    scheduler.check()
+    return tasks, scheduler
+
+
+def check_same(expected: list[Task], found: list[Task]) -> None:
+    for a, b in zip(expected, found, strict=True):
+        assert (a.tokens, a.finish_reason, a.error) == (b.tokens, b.finish_reason, b.error)
+
+
+def test_same_tokens_as_the_plain_runner(decoder: Decoder) -> None:
+    """Chunked prefill, prefix hits, windows, and every kind of sampling."""
+    expected, _ = run(decoder, "plain", 40, make_tasks(7))
+    found, _ = run(decoder, "gpu", 40, make_tasks(7))
+    check_same(expected, found)
+    for a, b in zip(expected[4].prompt_logprobs, found[4].prompt_logprobs, strict=True):
+        assert a.token == b.token and a.logprob == pytest.approx(b.logprob, abs=1e-3)
+
+
+def test_preemption_changes_no_token(decoder: Decoder) -> None:
+    def tasks() -> list[Task]:
+        params = SamplingParams(max_tokens=8)
+        return [Task(i, str(i), [i] * 14, params, 8, seed=i) for i in range(3)]
+
+    expected, _ = run(decoder, "plain", 40, tasks())
+    found, scheduler = run(decoder, "gpu", 4, tasks())
+    assert scheduler.n_preemptions > 0
+    check_same(expected, found)
