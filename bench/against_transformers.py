@@ -2,9 +2,9 @@
 
     python bench/against_transformers.py [--rounds 3] [--parts static,continuous,stream]
 
-Each round runs every engine once, in turn, so that a drift of the machine's speed hits all of
-them; the medians of the ratios count. `transformers` gets its own reading of the same GGUF file,
-greedy decoding, end of sequence ignored, and the same requests:
+Each round runs every engine once, in turn and in a process of its own, so that a drift of the
+machine's speed hits all of them; the medians of the ratios count. `transformers` gets its own
+reading of the same GGUF file, greedy decoding, end of sequence ignored, and the same requests:
   static      `generate` on left-padded batches of 8 in order, each until its longest is done;
   continuous  its continuous batching, at most 8 requests running;
   stream      `generate` on one prompt of 32 tokens, (time of 65 tokens - time of 1) / 64.
@@ -17,8 +17,10 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,28 @@ def ours_stream(llm: LLM, prompt: list[int]) -> float:
     return (run(llm, [Request(prompt, 1 + STREAM_TOKENS)]).seconds - first) / STREAM_TOKENS
 
 
+def measure(args: argparse.Namespace) -> float:
+    """Seconds of one engine on its workload, loaded and warmed up before the clock starts."""
+    ours = args.only.startswith("ours")
+    llm = LLM("smollm2", dtype=args.dtype, max_slots=args.slots)
+    requests = w_cpu(llm.tokenizer, args.seed, args.requests)
+    prompt = text_prompt(llm.tokenizer, random.Random(args.seed), 32)
+    if ours:
+        run(llm, requests[:2])
+        return (
+            ours_stream(llm, prompt) if args.only == "ours_stream" else run(llm, requests).seconds
+        )
+    del llm
+    theirs = Theirs(resolve("smollm2"), torch.bfloat16, args.slots)
+    theirs.generate([prompt], 4)
+    if args.only == "stream":
+        return theirs.stream(prompt)
+    if args.only == "static":
+        return theirs.static(requests)
+    theirs.continuous(requests[:2])
+    return theirs.continuous(requests)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=3)
@@ -130,29 +154,22 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--dtype", default=None, help="of this engine; None: its default")
     options.add_argument("--parts", default="static,continuous,stream")
+    options.add_argument("--only", help=argparse.SUPPRESS)
     args = options.parse_args()
-    llm = LLM("smollm2", dtype=args.dtype, max_slots=args.slots)
-    theirs = Theirs(resolve("smollm2"), torch.bfloat16, args.slots)
-    requests = w_cpu(llm.tokenizer, args.seed, args.requests)
-    prompt = text_prompt(llm.tokenizer, random.Random(args.seed), 32)
-    n_out = sum(r.max_tokens for r in requests)
-    run(llm, requests[:2])
-    theirs.generate([prompt], 4)
-    measures: dict[str, Callable[[], float]] = {
-        "ours": lambda: run(llm, requests).seconds,
-        "static": lambda: theirs.static(requests),
-        "continuous": lambda: theirs.continuous(requests),
-        "ours_stream": lambda: ours_stream(llm, prompt),
-        "stream": lambda: theirs.stream(prompt),
-    }
-    parts = args.parts.split(",")
-    wanted = [name for name in measures if name.startswith("ours") or name in parts]
+    if args.only:
+        print(json.dumps(measure(args)))
+        return
+    parts = ["ours", "static", "continuous", "ours_stream", "stream"]
+    wanted = [name for name in parts if name.startswith("ours") or name in args.parts.split(",")]
     seconds: dict[str, list[float]] = {name: [] for name in wanted}
     for i in range(args.rounds):
         for name in wanted:
-            seconds[name].append(measures[name]())
+            child = [sys.executable, *sys.argv, "--only", name]
+            printed = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
+            seconds[name].append(json.loads(printed.splitlines()[-1]))
         print(f"round {i + 1}: " + ", ".join(f"{n} {v[-1]:.3f} s" for n, v in seconds.items()))
-    report(args, seconds, n_out)
+    llm = LLM("smollm2", max_slots=args.slots)
+    report(args, seconds, sum(r.max_tokens for r in w_cpu(llm.tokenizer, args.seed, args.requests)))
 
 
 def report(args: argparse.Namespace, seconds: dict[str, list[float]], n_out: int) -> None:

@@ -126,9 +126,8 @@ class Int4Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), self.codes, INT4_GROUP, self.scale_and_zero
-        )
+        product: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        out: Tensor = product(x.contiguous(), self.codes, INT4_GROUP, self.scale_and_zero)
         return out if self.bias is None else out.add_(self.bias)
 
 
