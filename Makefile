@@ -10,13 +10,13 @@ HOST     ?= 127.0.0.1
 PORT     ?= 8000
 MODEL    ?= smollm2
 ARGS     ?=
-BENCH    ?= batching throughput latency prefix books
+BENCH    ?= batching grouping throughput latency prefix books
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.astrai-setup
 
-.PHONY: setup serve test test-slow bench format clean
+.PHONY: setup serve test test-slow bench gpu-check format clean
 
 setup: $(STAMP)
 
@@ -34,7 +34,8 @@ serve: setup
 	$(BIN)/astrai serve --model '$(MODEL)' --host '$(HOST)' --port '$(PORT)' $(ARGS)
 
 test: setup
-	$(BIN)/ruff check astrai tests
+	$(BIN)/ruff check astrai tests bench
+	$(BIN)/ruff format --check astrai tests bench
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -44,9 +45,13 @@ test-slow: setup
 bench: setup
 	for name in $(BENCH); do $(BIN)/astrai bench $$name $(ARGS) || exit 1; done
 
+# On a machine with a GPU and its own build of PyTorch and Triton: no .venv.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(ARGS)
+
 format: setup
-	$(BIN)/ruff check --fix astrai tests
-	$(BIN)/ruff format astrai tests
+	$(BIN)/ruff check --fix astrai tests bench
+	$(BIN)/ruff format astrai tests bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -139,12 +139,13 @@ class Scheduler:
         """
         blocked: WaitReason | None = None
         backlog = sum(task.wanted for task in self.running.values() if task.prefilling)
-        if self.config.batching == "static" and self.running:
-            blocked = "slots"
+        closed = self.config.batching == "static" and bool(self.running)
         while self.waiting and blocked is None:
             task = self.waiting[0][1]
             if task.finish_reason is not None:
                 heapq.heappop(self.waiting)
+            elif closed:
+                blocked = "slots"
             elif (blocked := self._why_not(task, backlog, plan)) is None:
                 heapq.heappop(self.waiting)
                 self._seat(task)

@@ -330,8 +330,13 @@ def test_min_tokens_holds_off_stop_ids() -> None:
 def test_static_batching_refills_only_an_empty_batch() -> None:
     outputs = [1, 9, 2, 3, 8, 1]
     tasks = [make_task(i, [i, 1], n) for i, n in enumerate(outputs)]
+    waits: list[object] = []
     static, continuous = Bench(100, max_slots=2, batching="static"), Bench(100, max_slots=2)
+    static.events.attach(
+        lambda tick, kind, values: waits.append(values[0]) if kind == "wait" else None
+    )
     run(static, tasks)
+    assert waits == ["slots"]
     copies = [make_task(i, [i, 1], n) for i, n in enumerate(outputs)]
     run(continuous, copies)
     assert static.outputs == continuous.outputs
