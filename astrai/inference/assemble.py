@@ -91,18 +91,11 @@ def assemble(config: EngineConfig, deliver: Callable[[list[Update]], None]) -> A
     recorder = JsonlWriter(config.record) if config.record else None
     if recorder:
         events.attach(recorder)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_slots=slots,
-            prefill_budget=chunk,
-            ageing_ticks=config.ageing_ticks,
-            group_decode=config.group_decode,
-            batching=config.batching,
-        ),
-        Books(n_pages, config.page_size, config.prefix_cache, events),
-        time.monotonic,
-        events,
+    books = Books(n_pages, config.page_size, config.prefix_cache, events)
+    planning = SchedulerConfig(
+        slots, chunk, config.ageing_ticks, config.group_decode, config.batching
     )
+    scheduler = Scheduler(planning, books, time.monotonic, events)
     limits = Limits(
         max_model_len, loaded.config.vocab_size, loaded.eos_token_ids, config.max_waiting
     )

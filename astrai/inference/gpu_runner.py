@@ -14,8 +14,9 @@ from torch import Tensor
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.gpu_model import GpuModel, Rows
 from astrai.inference.gpu_state import SlotState, Staging
-from astrai.inference.sampler import Draws, Sampled, Sampler, SampleRow
-from astrai.inference.sampling_params import SamplingParams, banned_tokens
+from astrai.inference.runner import looks_back, outcome_of, sample_row
+from astrai.inference.sampler import Draws, Sampler
+from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, TokenLogprob
 from astrai.kernels.triton.elementwise import scatter
 from astrai.kernels.triton.prefill_attention import TILE
@@ -82,7 +83,7 @@ class GpuLaunch:
         self._read_fast(outcomes)
         for slow in self.slow:
             for place, drawn in zip(slow.places, slow.draws.read()):
-                outcomes[place] = _outcome(drawn)
+                outcomes[place] = outcome_of(drawn)
         for place, scored in self.scored.items():
             outcomes[place] = outcomes[place]._replace(prompt_logprobs=scored)
         return outcomes
@@ -419,7 +420,10 @@ class GpuRunner:
         if not rows:
             return
         chosen = [places[r] for r in rows]
-        wanted = [self._sample_row(entries[i]) for i in chosen]
+        wanted = [
+            sample_row(e, self._output_ids(e) if looks_back(e.task) else [])
+            for e in (entries[i] for i in chosen)
+        ]
         at = torch.tensor(rows, device=self.device)
         draws = self.sampler.launch(logits[at].float(), wanted)
         slots = torch.tensor([entries[i].task.slot for i in chosen], device=self.device)
@@ -427,27 +431,14 @@ class GpuRunner:
         self.state.last[slots, turns] = draws.tokens.to(torch.int32)
         launch.slow.append(_Slow(chosen, _to_host(draws)))
 
-    def _sample_row(self, entry: Entry) -> SampleRow:
-        task, params = entry.task, entry.task.params
-        looks_back = params.penalised or params.min_tokens > 0 or bool(task.bad_words)
-        output_ids: list[int] = []
-        if looks_back:
-            # What a launch before this one sampled is waited for: the rules depend on it.
-            output_ids = task.tokens[task.n_prompt :]
-            if entry.start + entry.n > len(task.tokens):
-                sampled = (launch.token_of(task) for launch in reversed(self._unread))
-                output_ids += [next(token for token in sampled if token is not None)]
-        return SampleRow(
-            params=params,
-            seed=task.seed,
-            position=entry.start + entry.n,
-            slot=task.slot,
-            prompt_ids=task.prompt,
-            output_ids=output_ids,
-            banned=banned_tokens(params, output_ids, tuple(task.stop_ids), task.bad_words)
-            if looks_back
-            else (),
-        )
+    def _output_ids(self, entry: Entry) -> list[int]:
+        """The task's output; what a launch before this one sampled is waited for."""
+        task = entry.task
+        output_ids = task.tokens[task.n_prompt :]
+        if entry.start + entry.n > len(task.tokens):
+            sampled = (launch.token_of(task) for launch in reversed(self._unread))
+            output_ids.append(next(token for token in sampled if token is not None))
+        return output_ids
 
 
 def _fast(params: SamplingParams) -> bool:
@@ -498,12 +489,3 @@ def _to_host(draws: Draws) -> Draws:
         for part in draws.scores
     ]  # fmt: skip
     return draws._replace(tokens=host(draws.tokens), peaks=host(draws.peaks), scores=parts)
-
-
-def _outcome(drawn: Sampled) -> Outcome:
-    if drawn.error is not None:
-        return Outcome(error=drawn.error)
-    logprob = None
-    if drawn.logprob is not None:
-        logprob = TokenLogprob(drawn.token, drawn.logprob, drawn.rank or 0, drawn.top or ())
-    return Outcome(drawn.token, logprob)

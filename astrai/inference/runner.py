@@ -58,9 +58,11 @@ class Runner:
         drawn = self._draw(hidden, entries, ends)
         outcomes = []
         for entry, end in zip(entries, ends):
-            sampled = next(drawn) if entry.samples else None
-            scored = self._score_prompt(hidden[end - entry.n : end], entry)
-            outcomes.append(_outcome(sampled, scored))
+            outcome = outcome_of(next(drawn)) if entry.samples else NOTHING
+            if entry.task.wants_prompt_logprobs:
+                scored = self._score_prompt(hidden[end - entry.n : end], entry)
+                outcome = outcome._replace(prompt_logprobs=scored)
+            outcomes.append(outcome)
         return Done(outcomes)
 
     def _forward(self, entries: list[Entry], groups: list[list[Task]]) -> Tensor:
@@ -93,15 +95,17 @@ class Runner:
             return iter(())
         if len(rows) < len(hidden):
             hidden = hidden[torch.tensor(rows, device=hidden.device)]
-        wanted = [_sample_row(entry) for entry in entries if entry.samples]
+        wanted = [
+            sample_row(e, e.task.tokens[e.task.n_prompt :] if looks_back(e.task) else [])
+            for e in entries
+            if e.samples
+        ]
         return iter(self.sampler.sample(self.decoder.logits(hidden), wanted))
 
     def _score_prompt(self, hidden: Tensor, entry: Entry) -> list[TokenLogprob]:
         """Log-probabilities of the prompt tokens that follow the positions of a prefill chunk."""
         task, start, n = entry.task, entry.start, entry.n
-        top = task.params.prompt_logprobs
-        if top is None or not task.wants_prompt_logprobs:
-            return []
+        top = task.params.prompt_logprobs or 0
         targets = task.prompt[start + 1 : start + n + 1]
         scored: list[TokenLogprob] = []
         for i in range(0, len(targets), _LOGPROB_ROWS):
@@ -120,30 +124,34 @@ def _row_ends(entries: list[Entry]) -> list[int]:
     return ends
 
 
-def _sample_row(entry: Entry) -> SampleRow:
-    task = entry.task
+def looks_back(task: Task) -> bool:
+    """What the task may draw next depends on what it drew before."""
     params = task.params
-    looks_back = params.penalised or params.min_tokens > task.n_output or bool(task.bad_words)
-    output_ids = task.tokens[task.n_prompt :] if looks_back else []
+    return params.penalised or params.min_tokens > 0 or bool(task.bad_words)
+
+
+def sample_row(entry: Entry, output_ids: list[int]) -> SampleRow:
+    """What the sampler must know of an entry; `output_ids` matter if the task looks back."""
+    task = entry.task
+    banned: tuple[int, ...] = ()
+    if looks_back(task):
+        banned = banned_tokens(task.params, output_ids, tuple(task.stop_ids), task.bad_words)
     return SampleRow(
-        params=params,
+        params=task.params,
         seed=task.seed,
         position=entry.start + entry.n,
         slot=task.slot,
         prompt_ids=task.prompt,
         output_ids=output_ids,
-        banned=banned_tokens(params, output_ids, tuple(task.stop_ids), task.bad_words)
-        if looks_back
-        else (),
+        banned=banned,
     )
 
 
-def _outcome(sampled: Sampled | None, scored: list[TokenLogprob]) -> Outcome:
-    if sampled is None:
-        return Outcome(prompt_logprobs=scored) if scored else NOTHING
+def outcome_of(sampled: Sampled) -> Outcome:
     if sampled.error is not None:
         return Outcome(error=sampled.error)
     logprob = None
     if sampled.logprob is not None:
-        logprob = TokenLogprob(sampled.token, sampled.logprob, sampled.rank or 0, sampled.top or ())
-    return Outcome(sampled.token, logprob, scored)
+        rank, top = sampled.rank or 0, sampled.top or ()
+        logprob = TokenLogprob(sampled.token, sampled.logprob, rank, top)
+    return Outcome(sampled.token, logprob)

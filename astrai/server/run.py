@@ -129,5 +129,7 @@ def _curl(url: str, name: str, chat: bool) -> list[str]:
     else:
         path = "/v1/completions"
         asked = {"prompt": "The sky is blue because"}
-    body = json.dumps({"model": name, **asked, "max_tokens": 64}).replace("'", "'\\''")
+    body = json.dumps({"model": name, **asked, "max_tokens": 64, "temperature": 0}).replace(
+        "'", "'\\''"
+    )
     return [f"  curl {url}{path} -H 'Content-Type: application/json' \\", f"    -d '{body}'"]
