@@ -23,6 +23,9 @@ from astrai.models.config import ModelConfig
 # The likeliest tokens of a row, whose logits are computed in float32.
 _SHARPENED = 8
 
+# Elements from which on PyTorch shares an elementwise operation among threads.
+_SHARED_ELEMENTS = 32_768
+
 # attend(layer, q [T, n_heads, head_dim], k, v [T, n_kv_heads, head_dim]) -> [T, n_heads * head_dim]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -118,7 +121,7 @@ class Decoder:
                 hidden.add_(layer.output(attend(i, q, k, v)))
                 x = layer.mlp_norm(hidden).to(self.dtype)
                 gate, up = layer.gate_up(x).chunk(2, 1)
-                hidden.add_(layer.down(F.silu(gate).mul_(up)))
+                hidden.add_(layer.down(_silu(gate).mul_(up)))
             return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -195,6 +198,17 @@ def _rope_tables(
         torch.cat((cos, cos), dim=1).to(device=device, dtype=dtype),
         torch.cat((-sin, sin), dim=1).to(device=device, dtype=dtype),
     )
+
+
+def _silu(x: Tensor) -> Tensor:
+    """silu of x [T, size], each row the same whatever T is.
+
+    Two threads share a larger tensor at some element in the middle of a row, and the few elements
+    before that border get another kernel's exponential. Smaller pieces are never shared.
+    """
+    if x.device.type != "cpu" or x.numel() <= _SHARED_ELEMENTS:
+        return F.silu(x)
+    return torch.cat([F.silu(part) for part in x.split(max(1, _SHARED_ELEMENTS // x.shape[1]))])
 
 
 def _rotate(x: Tensor, rope: _Rope) -> Tensor:
