@@ -158,6 +158,8 @@ class Engine:
             try:
                 self.scheduler.add(task)
             except ValueError as error:
+                if events := self.scheduler.events:
+                    events.emit("refuse", task.request_id, str(error))
                 self._refuse(task, str(error))
         for task_id in message.abort:
             self.scheduler.abort(task_id)

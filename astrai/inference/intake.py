@@ -82,7 +82,10 @@ class Intake:
         tasks = []
         for index in range(params.n):
             number = next(self._ids)
-            seed = params.seed if params.seed is not None else resolve_seed(self._seed, number + 1)
+            if params.seed is None:
+                seed = resolve_seed(self._seed, number + 1)
+            else:
+                seed = resolve_seed(params.seed, index)
             tasks.append(
                 Task(
                     id=number,
@@ -90,7 +93,7 @@ class Intake:
                     prompt=prompt,
                     params=params,
                     max_tokens=max_tokens,
-                    seed=resolve_seed(seed, index if params.seed is not None else 0),
+                    seed=seed,
                     stop_ids=frozenset(stop_ids),
                     bad_words=bad_words,
                     stop_check=StopWatcher(self.tokenizer, params) if params.stop else None,

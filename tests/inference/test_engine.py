@@ -100,10 +100,14 @@ def test_stopping_ends_what_runs() -> None:
 def test_a_task_that_cannot_fit_is_answered_by_the_loop_too() -> None:
     bench = Bench(4, page_size=4)
     engine = Engine(bench.scheduler, bench.runner, bench.deliver)
+    refused: list[object] = []
+    bench.events.attach(
+        lambda tick, kind, values: refused.append(values[0]) if kind == "refuse" else None
+    )
     engine.post(Message(add=[make_task(0, [1], 100), make_task(1, [1], 3)]))
     while not engine.idle:
         engine.step()
-    assert bench.ends == {0: "error", 1: "length"}
+    assert bench.ends == {0: "error", 1: "length"} and refused == ["r0"]
 
 
 def test_events_are_written_as_one_json_object_a_line(tmp_path: Path) -> None:
