@@ -13,7 +13,7 @@ from astrai.inference.assemble import Budget, assemble
 from astrai.inference.choice import Choice
 from astrai.inference.engine import Health, Message
 from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.task import FinishReason, TokenLogprob, Update
+from astrai.inference.task import FinishReason, Timings, TokenLogprob, Update
 from astrai.models.tokenizer import Tokenizer
 
 
@@ -21,6 +21,7 @@ class Usage(NamedTuple):
     prompt_tokens: int
     cached_tokens: int  # of the prompt, found in the prefix cache
     completion_tokens: int
+    timings: Timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class AsyncEngine:
         delta = choice.read(update)
         usage = None
         if delta.finish_reason is not None:
-            usage = Usage(task.n_prompt, task.n_cached, choice.n_tokens)
+            usage = Usage(task.n_prompt, task.n_cached, choice.n_tokens, task.timings())
         return StreamDelta(task.index, *delta, usage)
 
     def _deliver(self, updates: list[Update]) -> None:

@@ -36,6 +36,19 @@ class Outcome(NamedTuple):
 NOTHING = Outcome()
 
 
+class Timings(NamedTuple):
+    """Where the time of a task went, in seconds; None for what it never reached."""
+
+    queued: float | None  # arrival to first admission
+    prefill: float | None  # first admission to first token
+    decode: float | None  # first token to end
+    n_prompt: int
+    n_cached: int  # of the prompt, found in the prefix cache at the first admission
+    n_output: int
+    n_preempted: int
+    waits: dict[str, int]  # reason → ticks
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """A task's tokens, how far they are computed, and what it holds.
@@ -130,10 +143,27 @@ class Task:
         """Everything it may say is said or on its way."""
         return self.n_output + self.pending >= self.max_tokens
 
+    def timings(self) -> Timings:
+        """Of an ended task: nothing in it changes any more."""
+        return Timings(
+            queued=_between(self.arrived_at, self.admitted_at),
+            prefill=_between(self.admitted_at, self.first_token_at),
+            decode=_between(self.first_token_at, self.ended_at),
+            n_prompt=self.n_prompt,
+            n_cached=self.n_cached,
+            n_output=self.n_output,
+            n_preempted=self.n_preempted,
+            waits=self.waits,
+        )
+
     @property
     def max_positions(self) -> int:
         """KV positions it can need at most: the last token it samples is never fed back."""
         return self.n_prompt + self.max_tokens - 1
+
+
+def _between(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else end - begin
 
 
 class Entry(NamedTuple):

@@ -9,18 +9,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from astrai.config import EngineConfig
+from astrai.inference.async_engine import Usage
 from astrai.inference.intake import PromptTooLong, QueueFull
 from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.task import TokenLogprob
+from astrai.inference.task import Timings, TokenLogprob
 
 SAYS = "Grüße, 世界 🙂! " * 4
 EOS = 256
-
-
-class Usage(NamedTuple):
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
 
 
 class Delta(NamedTuple):
@@ -33,6 +28,11 @@ class Delta(NamedTuple):
     stop_reason: int | str | None = None
     error: str | None = None
     usage: Usage | None = None
+
+
+def _usage(prompt_ids: list[int], n_output: int) -> Usage:
+    timings = Timings(0.25, 0.5, 0.125, len(prompt_ids), 2, n_output, 0, {"slots": 3})
+    return Usage(len(prompt_ids), 2, n_output, timings)
 
 
 class Health(NamedTuple):
@@ -138,7 +138,7 @@ class FakeEngine:
         says = SAYS.encode()
         room = self.max_model_len - len(prompt_ids)
         limit = min(params.max_tokens or room, room)
-        usage = Usage(len(prompt_ids), 2, 0)
+        usage = _usage(prompt_ids, 0)
         if "fail-first" in prompt:
             yield Delta(index, [], "", finish_reason="error", error="NaN in 1 row", usage=usage)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -157,7 +157,7 @@ class FakeEngine:
                 if i == 0
                 else None,
                 finish_reason=None if not last else "length" if limit <= len(says) else "stop",
-                usage=Usage(len(prompt_ids), 2, i + 1) if last else None,
+                usage=_usage(prompt_ids, i + 1) if last else None,
             )
 
     @staticmethod
