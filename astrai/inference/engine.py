@@ -33,7 +33,7 @@ class PlanRunner(Protocol):
 
 
 class Message(NamedTuple):
-    """What other threads may say to the loop. Exactly one of the two is meant."""
+    """What other threads may say to the loop. One of the two is meant; neither: take a tick."""
 
     add: Sequence[Task] = ()
     abort: Sequence[int] = ()
@@ -70,6 +70,7 @@ class Engine:
         self._stopping = False
         self._ended = False
         self._thread: threading.Thread | None = None
+        scheduler.events.wake = lambda: self.post(Message())
 
     # ── any thread ──────────────────────────────────────────────────────────────────────────────
 

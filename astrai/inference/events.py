@@ -38,6 +38,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "preempt": ("task", "by"),
     "first_token": ("task", "time"),
     "end": ("task", "reason", "n_output", "time"),
+    "forget": ("frames",),  # suspect pages, out of the index before they are returned
+    # The state between two ticks, for a reader that came late; only after `request_snapshot`.
+    "snapshot": ("time", "config", "tasks", "indexed", "blocked"),
 }
 
 Reader = Callable[[int, str, tuple[Any, ...]], None]
@@ -46,21 +49,29 @@ Reader = Callable[[int, str, tuple[Any, ...]], None]
 class EventLog:
     """Hands each event to the attached readers, in the owner thread. Falsy while nobody reads."""
 
-    __slots__ = ("_readers", "tick")
+    __slots__ = ("_readers", "snapshot_due", "tick", "wake")
 
     def __init__(self) -> None:
         self.tick = 0
-        self._readers: list[Reader] = []
+        self.snapshot_due = False  # the owner thread emits one before it does anything else
+        self.wake: Callable[[], None] | None = None  # makes an idle loop take a tick
+        self._readers: tuple[Reader, ...] = ()  # replaced, never changed: `emit` may be in it
 
     def __bool__(self) -> bool:
         return bool(self._readers)
 
     def attach(self, reader: Reader) -> None:
         """Call `reader(tick, kind, values)` for every event from now on."""
-        self._readers.append(reader)
+        self._readers = (*self._readers, reader)
 
     def detach(self, reader: Reader) -> None:
-        self._readers.remove(reader)
+        self._readers = tuple(other for other in self._readers if other != reader)
+
+    def request_snapshot(self) -> None:
+        """Have a "snapshot" event emitted to all readers, soon, between two ticks. Any thread."""
+        self.snapshot_due = True
+        if self.wake is not None:
+            self.wake()
 
     def emit(self, kind: str, *values: Any) -> None:
         for reader in self._readers:

@@ -107,6 +107,8 @@ class Scheduler:
         self.n_tick += 1
         self.events.tick = self.n_tick
         plan = Plan(self.n_tick)
+        if self.events.snapshot_due:
+            self._emit_snapshot()
         self.cleanup(results)
         self.refill(plan)
         self.prefill(plan)
@@ -187,7 +189,7 @@ class Scheduler:
         steps = [task for task in steps if task in plan.entries]
         plan.groups = self._group(steps)
         if steps and self.events:
-            self.events.emit("decode", [task.id for task in steps])
+            self.events.emit("decode", [task.id for group in plan.groups for task in group])
             self.events.emit("groups", [len(group) for group in plan.groups])
 
     # ── what the edge and the engine ask ──────────────────────────────────────────────────────────
@@ -221,6 +223,39 @@ class Scheduler:
                 raise RuntimeError(
                     f"task {task.id} does not run, but has {task.slot = }, {task.page_table = }"
                 )
+
+    def _emit_snapshot(self) -> None:
+        """What a reader needs that saw nothing until now. O(tasks + pages they hold or cache)."""
+        self.events.snapshot_due = False
+        config = {
+            "n_pages": self.books.pool.n_pages,
+            "page_size": self.books.page_size,
+            "max_slots": self.config.max_slots,
+            "prefill_budget": self.config.prefill_budget,
+            "group_decode": self.config.group_decode,
+            "batching": self.config.batching,
+        }
+        tasks = [
+            {
+                "task": task.id,
+                "request": task.request_id,
+                "n_prompt": task.n_prompt,
+                "max_tokens": task.max_tokens,
+                "priority": task.priority,
+                "slot": task.slot,
+                "computed": task.computed,
+                "n_output": task.n_output,
+                "n_cached": task.n_cached,
+                "n_preempted": task.n_preempted,
+                "arrived": task.arrived_at,
+                "admitted": task.admitted_at,
+                "first_token": task.first_token_at,
+                "frames": list(task.page_table),
+            }
+            for task in self.tasks.values()
+        ]
+        indexed = self.books.prefix.frames() if self.books.prefix_cache else []
+        self.events.emit("snapshot", self._clock(), config, tasks, indexed, self.blocked)
 
     # ── pieces of the phases ──────────────────────────────────────────────────────────────────────
 

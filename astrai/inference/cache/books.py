@@ -103,14 +103,18 @@ class Books:
         With `keep` False (the task's content is suspect) pages nobody else holds leave the index as
         well.
         """
+        forgotten = []
         for frame in reversed(task.page_table):
             last = self.pool.refs[frame] == 1
             indexed = frame in self.prefix
-            if last and indexed and not keep:
-                indexed = not self.prefix.forget(frame)
+            if last and indexed and not keep and self.prefix.forget(frame):
+                indexed = False
+                forgotten.append(frame)
             self.pool.free(frame, keep=indexed)
             if last and indexed:
                 self.prefix.on_cached(frame)
+        if forgotten and self._events:
+            self._events.emit("forget", forgotten)
         if task.page_table and self._events:
             self._events.emit("return", task.id, task.page_table[::-1])
         task.page_table = []

@@ -49,6 +49,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._node_of)
 
+    def frames(self) -> list[int]:
+        """Every indexed frame, held or cached."""
+        return list(self._node_of)
+
     def match(self, namespace: str, tokens: Sequence[int], n_tokens: int) -> list[int]:
         """Frames of the longest chain of full pages equal to the start of `tokens[:n_tokens]`."""
         frames: list[int] = []
