@@ -5,16 +5,16 @@ The three lists below are the whole policy. A field in none of them is an error 
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from astrai.inference.sampling_params import SamplingParams
+from astrai.server.edge import Call
 from astrai.server.errors import ApiError
+from astrai.server.fields import Body, blame, screen, validate
 
 # Accepted without effect: they describe the caller or his bookkeeping, never the answer.
 HARMLESS = frozenset(
@@ -87,24 +87,17 @@ _RESERVED_TEMPLATE_KWARGS = frozenset(
 )
 
 
-M = TypeVar("M", bound=BaseModel)
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class StreamOptions(_Model):
+class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class Message(_Model):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str
     name: str | None = None
 
 
-class _Request(_Model):
+class _Request(Body):
     """The implemented fields of both routes; the sampling fields carry `SamplingParams`' names."""
 
     model: str | None = None
@@ -147,49 +140,28 @@ class CompletionRequest(_Request):
     add_special_tokens: bool | None = None
 
 
-class Call(NamedTuple):
-    """What both routes need besides the prompt."""
-
-    params: SamplingParams
-    model: str | None
-    priority: int
-    stream: bool
-    include_usage: bool
-
-
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """The body as an object of valid Unicode; ApiError 400 otherwise."""
-    try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-        # Escaped lone surrogates parse, but no tokenizer and no UTF-8 response can carry them.
-        if b"\\u" in raw:
-            json.dumps(body, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ApiError(
-            f"the body is not valid UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
-            code="invalid_json",
-        ) from None
-    except UnicodeEncodeError:
-        raise ApiError("the body holds a lone surrogate", code="invalid_json") from None
-    except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise ApiError(
-            f"the body is a JSON {type(body).__name__}, expected an object", code="invalid_json"
+def _screen(
+    body: Mapping[str, Any], model: type[Body], refused: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    fields = screen(body, model, HARMLESS, refused)
+    options = fields.get("stream_options")
+    if isinstance(options, dict):
+        fields["stream_options"] = screen(
+            options,
+            StreamOptions,
+            _HARMLESS_STREAM_OPTIONS,
+            _REFUSED_STREAM_OPTIONS,
+            at="stream_options.",
         )
-    return body
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    return fields
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
-    fields = screen(body, ChatRequest, HARMLESS, REFUSED_CHAT)
+    fields = _screen(body, ChatRequest, REFUSED_CHAT)
     messages = fields.get("messages")
     if isinstance(messages, list):
         fields["messages"] = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
-    request = _validate(ChatRequest, fields)
+    request = validate(ChatRequest, fields)
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
     limits = (request.max_tokens, request.max_completion_tokens)
@@ -207,8 +179,8 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
 
 
 def parse_completion(body: dict[str, Any]) -> CompletionRequest:
-    fields = screen(body, CompletionRequest, HARMLESS, REFUSED_COMPLETION)
-    request = _validate(CompletionRequest, fields)
+    fields = _screen(body, CompletionRequest, REFUSED_COMPLETION)
+    request = validate(CompletionRequest, fields)
     if len(request.prompt) == 0 or (
         isinstance(request.prompt, list) and any(p in ("", []) for p in request.prompt)
     ):
@@ -281,14 +253,6 @@ def _call(request: _Request, *, max_tokens: int | None, logprobs: int | None) ->
     )
 
 
-def blame(error: ValueError) -> ApiError:
-    """A 400 from a ValueError, `param` being the first field of a request that it names."""
-    message = str(error)
-    fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
-    named = (word for word in re.findall(r"\w+", message) if word in fields)
-    return ApiError(message, param=next(named, None))
-
-
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     try:
         return {int(token): value for token, value in bias.items()}
@@ -297,43 +261,6 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
         raise ApiError(
             f"logit_bias: {bad!r} is not a token id", param=f"logit_bias.{bad}"
         ) from None
-
-
-def screen(
-    fields: Mapping[str, Any],
-    model: type[BaseModel],
-    harmless: frozenset[str],
-    refused: Mapping[str, tuple[Any, ...]],
-    at: str = "",
-) -> dict[str, Any]:
-    """The implemented fields of `fields`; ApiError names the first that is refused or unknown."""
-    kept: dict[str, Any] = {}
-    for name, value in fields.items():
-        if name in model.model_fields:
-            kept[name] = value
-        elif name in harmless:
-            continue
-        elif name in refused:
-            if value is not None and value not in refused[name]:
-                raise ApiError(
-                    f"{at}{name} is not implemented", param=f"{at}{name}", code="not_implemented"
-                )
-        else:
-            close = difflib.get_close_matches(name, model.model_fields, n=1)
-            hint = f", did you mean {close[0]}?" if close else ""
-            raise ApiError(
-                f"unknown field {at}{name}{hint}", param=f"{at}{name}", code="unknown_field"
-            )
-    options = kept.get("stream_options")
-    if isinstance(options, dict):
-        kept["stream_options"] = screen(
-            options,
-            StreamOptions,
-            _HARMLESS_STREAM_OPTIONS,
-            _REFUSED_STREAM_OPTIONS,
-            at="stream_options.",
-        )
-    return kept
 
 
 def _message(message: Any, at: str) -> Any:
@@ -368,40 +295,3 @@ def _part(part: Any, at: str) -> str:
         raise ApiError(f"{at}.text is not a string", param=f"{at}.text")
     text: str = part["text"]
     return text
-
-
-# A union's errors speak of its branches, one by one; these speak of the field.
-_UNIONS = {
-    "prompt": "expected a string, a list of strings, a list of token ids, or lists of token ids",
-    "stop": "expected a string or a list of strings",
-}
-
-
-def _validate(model: type[M], fields: dict[str, Any]) -> M:
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = _where(first["loc"])
-        if first["type"] == "missing":
-            raise ApiError(f"{where} is required", param=where) from None
-        if where in _UNIONS:
-            message = f"{_UNIONS[where]}, got {_short(fields[where])}"
-        else:
-            message = f"{first['msg']}, got {_short(first['input'])}"
-        raise ApiError(f"{where}: {message}", param=where) from None
-
-
-def _where(loc: tuple[int | str, ...]) -> str:
-    """`messages[0].content` of a location; only these two fields have parts with names."""
-    path = str(loc[0])
-    if path not in ("messages", "stream_options"):
-        return path
-    for step in loc[1:]:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}"
-    return path
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

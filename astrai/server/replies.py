@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from astrai.server.errors import ApiError
+from astrai.server.streaming import DONE, event
+
 if TYPE_CHECKING:
     from astrai.inference.async_engine import StreamDelta
     from astrai.inference.task import TokenLogprob
@@ -93,6 +96,18 @@ class Reply:
             }
             choices.append(self._ended(body, choice))
         return self._envelope(self.whole_object, choices) | {"usage": self.usage.body()}
+
+    def events(self, index: int, delta: StreamDelta) -> Iterator[bytes]:
+        for chunk in self.chunks(index, delta):
+            yield event(chunk)
+
+    def end(self) -> Iterator[bytes]:
+        if self._include_usage:
+            yield event(self.last_chunk())
+        yield DONE
+
+    def failed(self, error: ApiError) -> Iterator[bytes]:
+        yield event(error.body())
 
     def chunks(self, index: int, delta: StreamDelta) -> Iterator[Json]:
         """The chunks that say what `delta` brought: none if it brought nothing that shows."""

@@ -1,0 +1,133 @@
+"""Request bodies: JSON into checked fields. What is wrong is a 400 that names its field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from astrai.inference.sampling_params import SamplingParams
+from astrai.server.errors import ApiError
+
+M = TypeVar("M", bound=BaseModel)
+
+# Fields that the engine's own refusals may name.
+_BLAMED = {field.name for field in dataclasses.fields(SamplingParams)} | {"prompt", "priority"}
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The body as an object of valid Unicode; ApiError 400 otherwise."""
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        # Escaped lone surrogates parse, but no tokenizer and no UTF-8 response can carry them.
+        if b"\\u" in raw:
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            f"the body is not valid UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
+            code="invalid_json",
+        ) from None
+    except UnicodeEncodeError:
+        raise ApiError("the body holds a lone surrogate", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(
+            f"the body is a JSON {type(body).__name__}, expected an object", code="invalid_json"
+        )
+    return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def blame(error: ValueError) -> ApiError:
+    """A 400 from a ValueError, `param` being the first field of a request that it names."""
+    message = str(error)
+    named = (word for word in re.findall(r"\w+", message) if word in _BLAMED)
+    return ApiError(message, param=next(named, None))
+
+
+def screen(
+    fields: Mapping[str, Any],
+    model: type[BaseModel],
+    harmless: frozenset[str],
+    refused: Mapping[str, tuple[Any, ...]],
+    at: str = "",
+) -> dict[str, Any]:
+    """The implemented fields of `fields`; ApiError names the first that is refused or unknown."""
+    kept: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in model.model_fields:
+            kept[name] = value
+        elif name in harmless:
+            continue
+        elif name in refused:
+            if value is not None and value not in refused[name]:
+                raise ApiError(
+                    f"{at}{name} is not implemented", param=f"{at}{name}", code="not_implemented"
+                )
+        else:
+            close = difflib.get_close_matches(name, model.model_fields, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ApiError(
+                f"unknown field {at}{name}{hint}", param=f"{at}{name}", code="unknown_field"
+            )
+    return kept
+
+
+# A union's errors speak of its branches, one by one; these speak of the field.
+_UNIONS = {
+    "prompt": "expected a string, a list of strings, a list of token ids, or lists of token ids",
+    "stop": "expected a string or a list of strings",
+}
+
+
+def validate(model: type[M], fields: dict[str, Any]) -> M:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = _where(first["loc"])
+        if first["type"] == "missing":
+            raise ApiError(f"{where} is required", param=where) from None
+        if where in _UNIONS:
+            message = f"{_UNIONS[where]}, got {short(fields[where])}"
+        else:
+            message = f"{first['msg']}, got {short(first['input'])}"
+        raise ApiError(f"{where}: {message}", param=where) from None
+
+
+def _where(loc: tuple[int | str, ...]) -> str:
+    """`messages[0].content` of a location; only these two fields have parts with names."""
+    path = str(loc[0])
+    if path not in ("messages", "stream_options"):
+        return path
+    for step in loc[1:]:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return path
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The body of a route that reads it itself, for the OpenAPI document."""
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": model.model_json_schema()}},
+        }
+    }
