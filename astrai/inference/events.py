@@ -16,15 +16,21 @@ from typing import Any
 # kind → the names of its values, in order. Every event also carries the tick in which it was
 # decided.
 KINDS: dict[str, tuple[str, ...]] = {
-    "arrive": ("task", "request", "n_prompt", "max_tokens", "priority"),
+    # `choices`: the tasks of its other choices, which wait for the first token of this one.
+    "arrive": ("task", "request", "n_prompt", "max_tokens", "priority", "time", "choices"),
     "refuse": ("request", "why"),
-    "tick": ("time", "n_running", "n_waiting", "free", "cached", "held"),
+    # `n_output`: tokens of all tasks since the start.
+    "tick": ("time", "n_running", "n_waiting", "free", "cached", "held", "n_output"),
     "wait": (
         "reason",
         "head",
         "n_waiting",
     ),  # why the head of the queue, and so everybody behind it, waits
-    "admit": ("task", "slot", "n_cached"),
+    # `waits`: reason → ticks so far, as the scheduler counted them; `time`: first admission.
+    "admit": ("task", "slot", "n_cached", "waits", "time"),
+    # What the index gave: `n_hit` of the `n_full` positions in full pages; `evicted`: the tick that
+    # took the page at `n_hit`, -1 if the prompt has none there or none is remembered.
+    "prefix": ("task", "n_hit", "n_full", "evicted"),
     "fork": ("task", "of", "n_shared"),
     "take": ("task", "frames"),  # page frames that were free and are now held
     "share": ("task", "frames"),  # page frames held or cached, now held by one more
@@ -37,7 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "groups": ("sizes",),  # how the decode entries share dense matmuls
     "preempt": ("task", "by"),
     "first_token": ("task", "time"),
-    "end": ("task", "reason", "n_output", "time"),
+    "end": ("task", "reason", "n_output", "time", "waits"),
     "forget": ("frames",),  # suspect pages, out of the index before they are returned
     # The state between two ticks, for a reader that came late; only after `request_snapshot`.
     "snapshot": ("time", "config", "tasks", "indexed", "blocked"),

@@ -63,6 +63,7 @@ class Scheduler:
         self.blocked: WaitReason | None = None  # why the head of the queue waits
         self.wait_ticks: dict[str, int] = dict.fromkeys(WAIT_REASONS, 0)
         self.n_preemptions = 0
+        self.n_output = 0
         self._clock = clock
         self._updates: dict[int, Update] = {}
         self._aborted: list[Task] = []
@@ -87,7 +88,14 @@ class Scheduler:
         task.key = (aged, task.id, 0)
         if self.events:
             self.events.emit(
-                "arrive", task.id, task.request_id, task.n_prompt, task.max_tokens, task.priority
+                "arrive",
+                task.id,
+                task.request_id,
+                task.n_prompt,
+                task.max_tokens,
+                task.priority,
+                task.arrived_at,
+                [sibling.id for sibling in task.siblings],
             )
         for sibling in task.siblings:
             sibling.arrived_at, sibling.key = task.arrived_at, (aged, task.id, sibling.index)
@@ -118,7 +126,14 @@ class Scheduler:
         if self.events:
             free, cached, held, _ = self.books.counts
             self.events.emit(
-                "tick", self._clock(), len(self.running), self.n_waiting, free, cached, held
+                "tick",
+                self._clock(),
+                len(self.running),
+                self.n_waiting,
+                free,
+                cached,
+                held,
+                self.n_output,
             )
         return plan
 
@@ -283,6 +298,7 @@ class Scheduler:
     def _take_token(self, task: Task, outcome: Outcome) -> None:
         token = outcome.token
         task.tokens.append(token)
+        self.n_output += 1
         if task.first_token_at is None:
             task.first_token_at = self._clock()
             if self.events:
@@ -327,11 +343,14 @@ class Scheduler:
                 task, min(task.computed, len(task.tokens) - 1) if reason != "error" else 0
             )
             self._unseat(task, keep=reason != "error")
+        else:
+            self._count_waits(task)
         self._release_siblings(task)
         del self.tasks[task.id]
         self._report(task, [], [])
         if self.events:
-            self.events.emit("end", task.id, reason, task.n_output, task.ended_at)
+            waits = dict(task.waits)
+            self.events.emit("end", task.id, reason, task.n_output, task.ended_at, waits)
 
     def _report(self, task: Task, token_ids: list[int], logprobs: list[TokenLogprob]) -> None:
         if before := self._updates.get(task.id):
@@ -370,14 +389,20 @@ class Scheduler:
         task.epoch += 1
         task.leader = None
         self.running[task.id] = task
-        for reason, ticks in self.wait_ticks.items():
-            if waited := ticks - task.wait_mark[reason]:
-                task.waits[reason] = task.waits.get(reason, 0) + waited
+        self._count_waits(task)
         if task.admitted_at is None:
             task.admitted_at = self._clock()
             task.n_cached = min(task.computed, task.n_prompt)
         if self.events:
-            self.events.emit("admit", task.id, task.slot, task.computed)
+            waits = dict(task.waits)
+            self.events.emit("admit", task.id, task.slot, task.computed, waits, task.admitted_at)
+
+    def _count_waits(self, task: Task) -> None:
+        """It leaves the queue: what the queue waited for since it joined, it waited for."""
+        for reason, mark in task.wait_mark.items():
+            if waited := self.wait_ticks[reason] - mark:
+                task.waits[reason] = task.waits.get(reason, 0) + waited
+        task.wait_mark = {}
 
     def _unseat(self, task: Task, keep: bool = True) -> None:
         if not keep:

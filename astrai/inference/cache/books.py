@@ -9,6 +9,9 @@ from astrai.inference.cache.prefix import PrefixCache
 from astrai.inference.events import EventLog
 from astrai.inference.task import Task
 
+# Evicted pages whose tick is kept, to tell a later miss when its page was lost.
+EVICTIONS_REMEMBERED = 16384
+
 
 class Books:
     """Gives pages to tasks, shares them by prefix, keeps them cached, evicts them.
@@ -29,6 +32,7 @@ class Books:
         self.prefix = PrefixCache(page_size)
         self.prefix_cache = prefix_cache
         self._events = events
+        self._evicted: dict[int, int] = {}  # content of an evicted page → tick, while listened to
 
     @property
     def counts(self) -> PoolCounts:
@@ -45,9 +49,14 @@ class Books:
         `reserve` pages would be left.
         """
         shared: list[int] = []
-        if self.prefix_cache and task.params.prompt_logprobs is None:
+        asks = self.prefix_cache and task.params.prompt_logprobs is None
+        if asks:
             shared = self.prefix.match(task.namespace, task.tokens, len(task.tokens) - 1)
-        return self._open(task, shared, len(shared) * self.page_size, reserve)
+        if not self._open(task, shared, len(shared) * self.page_size, reserve):
+            return False
+        if asks and self._events:
+            self._tell_prefix(task)
+        return True
 
     def fork(self, task: Task, leader: Task, reserve: int) -> tuple[int, int] | None:
         """Give `task` the prompt pages of its sibling: full pages shared, the partial one copied.
@@ -158,6 +167,16 @@ class Books:
         if lost:
             raise RuntimeError(f"page frames {lost[:8]} are neither free, nor held, nor indexed")
 
+    def _tell_prefix(self, task: Task) -> None:
+        """How far the index matched the task's full pages, and when it lost the next one."""
+        n_full = (len(task.tokens) - 1) // self.page_size * self.page_size
+        evicted = -1
+        if task.computed < n_full:
+            after = task.page_table[task.n_indexed - 1] if task.n_indexed else None
+            page = tuple(task.tokens[task.computed : task.computed + self.page_size])
+            evicted = self._evicted.get(self.prefix.key(task.namespace, after, page), -1)
+        self._events.emit("prefix", task.id, task.computed, n_full, evicted)
+
     def _open(self, task: Task, shared: list[int], n_computed: int, reserve: int) -> bool:
         n_new = self.n_pages_for(len(task.tokens)) - len(shared)
         idle = sum(1 for frame in shared if self.pool.refs[frame] == 0)
@@ -184,8 +203,17 @@ class Books:
             self._events.emit("take", task.id, frames)
 
     def _evict(self, n: int) -> None:
-        frames = [self.prefix.pop_oldest() for _ in range(n)]
-        for frame in frames:
-            self.pool.evict(frame)
+        frames = []
+        for _ in range(n):
+            if self._events:
+                self._remember(self.prefix.key_of_oldest())
+            frames.append(self.prefix.pop_oldest())
+            self.pool.evict(frames[-1])
         if frames and self._events:
             self._events.emit("evict", frames)
+
+    def _remember(self, key: int) -> None:
+        self._evicted.pop(key, None)
+        self._evicted[key] = self._events.tick
+        if len(self._evicted) > EVICTIONS_REMEMBERED:
+            del self._evicted[next(iter(self._evicted))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 class _Node:
     """One full page in a chain: its frame, the tokens that filled it, and what follows."""
 
-    __slots__ = ("children", "frame", "namespace", "parent", "tokens")
+    __slots__ = ("children", "frame", "key", "namespace", "parent", "tokens")
 
     def __init__(
         self, namespace: str, parent: _Node | None, tokens: tuple[int, ...], frame: int
@@ -19,6 +20,7 @@ class _Node:
         self.tokens = tokens
         self.frame = frame
         self.children: dict[tuple[int, ...], _Node] = {}
+        self.key: int | None = None  # hash of the chain up to here, once somebody asked
 
 
 class PrefixCache:
@@ -119,6 +121,15 @@ class PrefixCache:
         self._remove(node)
         return True
 
+    def key(self, namespace: str, before: int | None, tokens: tuple[int, ...]) -> int:
+        """Hash of the chain of the indexed frame `before` (None: its start), then `tokens`."""
+        root = zlib.crc32(namespace.encode("utf-8"))
+        return hash((root if before is None else _chain_key(self._node_of[before]), tokens))
+
+    def key_of_oldest(self) -> int:
+        """The key of the chain that ends in the page `pop_oldest` would take."""
+        return _chain_key(next(iter(self._idle.values())))
+
     def _remove(self, node: _Node) -> None:
         del self._node_of[node.frame]
         parent = node.parent
@@ -127,3 +138,18 @@ class PrefixCache:
         del parent.children[node.tokens]
         if parent.parent is None and not parent.children:
             del self._roots[parent.namespace]
+
+
+def _chain_key(node: _Node) -> int:
+    """Each node is hashed once: O(1) amortised, however long the chain."""
+    path: list[_Node] = []
+    above: _Node | None = node
+    while above is not None and above.key is None:
+        path.append(above)
+        above = above.parent
+    key = 0 if above is None or above.key is None else above.key
+    for link in reversed(path):
+        root = link.parent is None
+        key = zlib.crc32(link.namespace.encode("utf-8")) if root else hash((key, link.tokens))
+        link.key = key
+    return key
