@@ -10,7 +10,7 @@ from astrai.inference.cache.books import Books
 from astrai.inference.events import EventLog
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.task import NOTHING, Outcome, Plan, Task, Update
+from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, Update
 
 VOCAB = 97
 
@@ -79,10 +79,23 @@ class MockRunner:
         assert sum(len(group) for group in plan.groups) <= len(plan.entries)
         return MockLaunch(
             [
-                self._sample(e.task, e.start + e.n) if e.samples else NOTHING
+                self._sample(e.task, e.start + e.n) if e.samples else self._pooled(e)
                 for e in plan.entries.values()
             ]
         )
+
+    def _pooled(self, entry: Entry) -> Outcome:
+        """The sum of the tokens of the chunk, or what follows the last one, read from its pages."""
+        task, start, n, _, _ = entry
+        if task.params.pooling == "mean":
+            return Outcome(pooled=[float(sum(self._seen(task, start, start + n)))])
+        if task.params.pooling == "last" and start + n == task.n_prompt:
+            return Outcome(pooled=[float(next_token(self._seen(task, 0, task.n_prompt), 0))])
+        return NOTHING
+
+    def _seen(self, task: Task, start: int, end: int) -> list[int]:
+        size = self.books.page_size
+        return [self.frames[task.page_table[p // size]][p % size] for p in range(start, end)]
 
     def _write(self, task: Task, position: int, written: dict[tuple[int, int], int]) -> None:
         page, offset = divmod(position, self.books.page_size)
@@ -98,9 +111,7 @@ class MockRunner:
     def _sample(self, task: Task, n: int) -> Outcome:
         if task.id in self.nan_on:
             return Outcome(error="logits are not finite")
-        size = self.books.page_size
-        seen = [self.frames[task.page_table[p // size]][p % size] for p in range(n)]
-        token = next_token(seen, task.seed)
+        token = next_token(self._seen(task, 0, n), task.seed)
         self.last[task.id] = token
         return Outcome(token)
 

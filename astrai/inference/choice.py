@@ -50,7 +50,8 @@ class Choice:
         except Exception as failure:
             text, reason = "", "error"
             error = f"text of {tokens = }: {type(failure).__name__}: {failure}"
-        first = self.n_tokens == 0 and bool(tokens)
+        computed = bool(tokens) or (task.samples_nothing and reason == "length")
+        first = self.n_tokens == 0 and computed
         self.n_tokens += len(tokens)
         params = task.params
         scored = first and task.index == 0 and params.prompt_logprobs is not None

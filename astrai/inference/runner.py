@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -62,6 +63,8 @@ class Runner:
             if entry.task.wants_prompt_logprobs:
                 scored = self._score_prompt(hidden[end - entry.n : end], entry)
                 outcome = outcome._replace(prompt_logprobs=scored)
+            if entry.task.params.pooling is not None:
+                outcome = pooled(hidden[end - entry.n : end], entry)
             outcomes.append(outcome)
         return Done(outcomes)
 
@@ -114,6 +117,23 @@ class Runner:
             scores = self.sampler.prompt_logprobs(logits, part, top)
             scored += [TokenLogprob(token, *score) for token, score in zip(part, scores)]
         return scored
+
+
+def pooled(hidden: Tensor, entry: Entry) -> Outcome:
+    """What the positions of a prefill chunk, [n, hidden_size], add to the task's pooled state.
+
+    The sum of all for "mean" (in float64, so that it hardly matters where chunks meet), the last
+    prompt position for "last".
+    """
+    task, start, n = entry.task, entry.start, entry.n
+    values: list[float] = []
+    if task.params.pooling == "mean":
+        values = hidden.double().sum(0).tolist()
+    elif start + n == task.n_prompt:
+        values = hidden[-1].tolist()
+    if not math.isfinite(sum(values)):
+        return Outcome(error=f"the hidden states of positions {start} to {start + n} have no sum")
+    return Outcome(pooled=values)
 
 
 def _row_ends(entries: list[Entry]) -> list[int]:

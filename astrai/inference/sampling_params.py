@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 MAX_N = 16_384
 MAX_LOGPROBS = 20
@@ -56,9 +57,12 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
-    max_tokens: int | None = 16  # None = up to the context length
+    # None = up to the context length; 0 = only what is asked of the prompt is computed
+    max_tokens: int | None = 16
     logprobs: int | None = None  # alternatives per token, 0 .. MAX_LOGPROBS (0 = the token's own)
     prompt_logprobs: int | None = None  # likewise, for each prompt token
+    # The prompt's hidden states as one vector, their mean or the last; with max_tokens = 0
+    pooling: Literal["mean", "last"] | None = None
     bad_words: Sequence[str] = ()
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -66,6 +70,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_lengths()
+        self._check_pooling()
         self._set("stop", _strings("stop", self.stop))
         self._set("bad_words", _strings("bad_words", self.bad_words))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
@@ -84,6 +89,11 @@ class SamplingParams:
         return bool(
             self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
         )
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Something is asked of every position of the prompt, so none can come from the cache."""
+        return self.prompt_logprobs is not None or self.pooling == "mean"
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError if a token id named here is not one of the model's `vocab_size` ids."""
@@ -123,10 +133,26 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 self._set(name, _integer(name, getattr(self, name), 0, MAX_LOGPROBS))
         if self.max_tokens is not None:
-            self._set("max_tokens", _integer("max_tokens", self.max_tokens, 1))
+            self._set("max_tokens", _integer("max_tokens", self.max_tokens, 0))
+            if self.max_tokens == 0 and self.prompt_logprobs is None and self.pooling is None:
+                raise ValueError(
+                    "max_tokens = 0, expected >= 1 unless prompt_logprobs or pooling is asked for"
+                )
             if self.min_tokens > self.max_tokens:
                 raise ValueError(
                     f"min_tokens = {self.min_tokens}, expected <= max_tokens = {self.max_tokens}"
+                )
+
+    def _check_pooling(self) -> None:
+        if self.pooling is None:
+            return
+        if self.pooling not in ("mean", "last"):
+            raise ValueError(f"pooling = {self.pooling!r}, expected 'mean' or 'last'")
+        for name, wanted in (("max_tokens", 0), ("n", 1), ("prompt_logprobs", None)):
+            if getattr(self, name) != wanted:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)}, expected {wanted} with pooling: "
+                    "nothing is sampled"
                 )
 
 

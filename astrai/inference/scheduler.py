@@ -290,10 +290,14 @@ class Scheduler:
             return
         if entry.epoch == task.epoch and task.slot >= 0:
             task.prompt_logprobs += outcome.prompt_logprobs
+            if outcome.pooled:
+                task.pooled.append(outcome.pooled)
         if entry.samples:
             self._take_token(task, outcome)
         if task.finish_reason is None and entry.epoch == task.epoch and task.slot >= 0:
             self.books.commit(task, entry.start + entry.n)
+            if task.samples_nothing and entry.start + entry.n == task.n_prompt:
+                self._end(task, "length")
 
     def _take_token(self, task: Task, outcome: Outcome) -> None:
         token = outcome.token
@@ -414,7 +418,7 @@ class Scheduler:
 
     def _plan_entry(self, plan: Plan, task: Task, count: int) -> None:
         start = task.computed
-        samples = start + count == task.target
+        samples = start + count == task.target and not task.samples_nothing
         plan.entries[task] = Entry(task, start, count, samples, task.epoch)
         task.computed = start + count
         if samples:
@@ -436,6 +440,7 @@ class Scheduler:
         self._unseat(victim)
         if not victim.n_output:
             victim.prompt_logprobs.clear()
+            victim.pooled.clear()
         victim.n_preempted += 1
         self.n_preemptions += 1
         self._enqueue(victim)

@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     token: int = -1  # -1: the entry samples nothing, or there is an error
     logprob: TokenLogprob | None = None
     prompt_logprobs: Sequence[TokenLogprob] = ()  # of the prompt positions this entry computed
+    pooled: Sequence[float] = ()  # what this entry adds to the pooled hidden state
     error: str | None = None  # this row could not be sampled (for instance NaN logits)
 
 
@@ -106,7 +107,9 @@ class Task:
     first_token_at: float | None = None
     ended_at: float | None = None
 
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # grows chunk by chunk
+    # What is asked of the prompt grows chunk by chunk.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pooled: list[Sequence[float]] = field(default_factory=list)
 
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -120,6 +123,11 @@ class Task:
     def wants_prompt_logprobs(self) -> bool:
         """Prompt chunks give the log-probabilities of their tokens, once."""
         return self.params.prompt_logprobs is not None and self.index == 0 and self.n_output == 0
+
+    @property
+    def samples_nothing(self) -> bool:
+        """It ends when its prompt is computed."""
+        return self.max_tokens == 0
 
     @property
     def n_output(self) -> int:
@@ -159,7 +167,7 @@ class Task:
     @property
     def max_positions(self) -> int:
         """KV positions it can need at most: the last token it samples is never fed back."""
-        return self.n_prompt + self.max_tokens - 1
+        return self.n_prompt + max(self.max_tokens - 1, 0)
 
 
 def _between(begin: float | None, end: float | None) -> float | None:

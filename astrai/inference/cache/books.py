@@ -49,7 +49,7 @@ class Books:
         `reserve` pages would be left.
         """
         shared: list[int] = []
-        asks = self.prefix_cache and task.params.prompt_logprobs is None
+        asks = self.prefix_cache and not task.params.reads_whole_prompt
         if asks:
             shared = self.prefix.match(task.namespace, task.tokens, len(task.tokens) - 1)
         if not self._open(task, shared, len(shared) * self.page_size, reserve):
