@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from astrai.inference.async_engine import AsyncEngine
     from astrai.inference.llm import LLM, CompletionOutput, RequestOutput
     from astrai.inference.sampling_params import SamplingParams
+    from astrai.inference.structured import StructuredOutput
 
 _HOMES = {
     "LLM": "astrai.inference.llm",
@@ -29,6 +30,7 @@ _HOMES = {
     "CompletionOutput": "astrai.inference.llm",
     "AsyncEngine": "astrai.inference.async_engine",
     "SamplingParams": "astrai.inference.sampling_params",
+    "StructuredOutput": "astrai.inference.structured",
     "EngineConfig": "astrai.config",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutput",
     "__version__",
 ]
 

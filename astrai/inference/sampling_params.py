@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+
+from astrai.inference.structured import StructuredOutput
 from typing import Literal
 
 MAX_N = 16_384
@@ -66,6 +68,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured: StructuredOutput | None = None  # what the output must match
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -79,6 +82,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} = {getattr(self, name)!r}, expected true or false")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise ValueError(f"structured = {self.structured!r}, expected a StructuredOutput")
 
     @property
     def greedy(self) -> bool:
