@@ -36,6 +36,7 @@ class StreamDelta:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     error: str | None
+    pooled: list[float] | None  # [hidden_size], on the last delta of a request that pools
     usage: Usage | None  # on the last delta of each choice
 
 

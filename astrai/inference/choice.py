@@ -19,6 +19,7 @@ class ChoiceDelta(NamedTuple):
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     error: str | None
+    pooled: list[float] | None  # at the end of a task that pools
 
 
 class Choice:
@@ -63,4 +64,11 @@ class Choice:
             finish_reason=reason,
             stop_reason=stop_reason,
             error=error,
+            pooled=_pooled(task) if params.pooling is not None and reason == "length" else None,
         )
+
+
+def _pooled(task: Task) -> list[float]:
+    """The chunks' parts as one vector [hidden_size]."""
+    total = [sum(column) for column in zip(*task.pooled, strict=True)]
+    return [value / task.n_prompt for value in total] if task.params.pooling == "mean" else total

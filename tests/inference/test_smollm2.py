@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from astrai import LLM, AsyncEngine, EngineConfig, SamplingParams
 from astrai.bench._common import text_prompt
@@ -231,3 +232,24 @@ def test_abort_by_id_and_a_bounded_queue(served: AsyncEngine) -> None:
 
     asyncio.run(crowd())
     assert served.stats()["pages_held"] == 0
+
+
+def test_pooled_states_are_the_hidden_states_of_the_prompt(llm: LLM, served: AsyncEngine) -> None:
+    async def pool(prompt: list[int], pooling: Any) -> torch.Tensor:
+        params = SamplingParams(max_tokens=0, pooling=pooling)
+        (delta,) = [delta async for delta in served.stream(prompt, params, request_id=pooling)]
+        assert (delta.finish_reason, delta.token_ids, delta.text) == ("length", [], "")
+        assert delta.usage is not None and delta.usage.completion_tokens == 0
+        return torch.tensor(delta.pooled)
+
+    async def pool_all(prompt: list[int]) -> list[torch.Tensor]:
+        starts = [prompt[: i + 1] for i in range(len(prompt))]
+        asked = [pool(start, "last") for start in starts] + [pool(prompt, "mean")]
+        return list(await asyncio.gather(*asked[:6])) + [await work for work in asked[6:]]
+
+    prompt = llm.tokenizer.encode("The capital of France is the city of")
+    *lasts, mean = asyncio.run(pool_all(prompt))
+    assert torch.allclose(torch.stack(lasts).mean(0), mean, atol=0.05)
+    (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    logits = llm.engine.runner.decoder.logits(lasts[-1][None])  # type: ignore[attr-defined]
+    assert logits.argmax() == output.outputs[0].token_ids[0]
