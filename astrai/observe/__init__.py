@@ -1,0 +1,1 @@
+"""Readers of the event log: nothing here is imported by the engine."""
