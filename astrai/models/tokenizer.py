@@ -88,6 +88,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source."""
+        return self._chat_template
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
