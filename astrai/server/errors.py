@@ -1,4 +1,7 @@
-"""Every refusal leaves in one shape: {"error": {"message", "type", "param", "code"}}."""
+"""Every refusal leaves in one shape: {"error": {"message", "type", "param", "code"}}.
+
+Below /v1/messages that is Anthropic's: {"type": "error", "error": {"type", "message"}}.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,20 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
     404: "not_found_error",
     405: "method_not_allowed_error",
     503: "service_unavailable_error",
+}
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -46,8 +60,17 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), status_code=self.status)
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = _ANTHROPIC_TYPES.get(
+            self.status, "api_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str) -> JSONResponse:
+        """The error as the family of routes that `path` belongs to says it."""
+        anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
+        body = self.anthropic_body() if anthropic else self.body()
+        return JSONResponse(body, status_code=self.status)
 
 
 def install(app: FastAPI) -> None:
@@ -55,7 +78,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+        return error.response(request.url.path)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -69,11 +92,12 @@ def install(app: FastAPI) -> None:
             405: f"{path} does not take {method}",
         }
         message = messages.get(error.status_code, str(error.detail))
-        response = ApiError(message, status=error.status_code).response()
+        response = ApiError(message, status=error.status_code).response(path)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.exception("%s %s failed", request.method, request.url.path, exc_info=error)
-        return ApiError(f"internal error: {type(error).__name__}", status=500).response()
+        refusal = ApiError(f"internal error: {type(error).__name__}", status=500)
+        return refusal.response(request.url.path)

@@ -1,0 +1,289 @@
+"""The door: API keys, tenants, limits on what comes in. Plain ASGI: streams stay streams."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from astrai.server.errors import ApiError
+
+ENV_KEYS = "ASTRAI_API_KEYS"
+MIN_KEY_LENGTH = 8
+MAX_SALT_LENGTH = 256
+MAX_HEADER_BYTES = 32 << 10
+MAX_URL_BYTES = 8 << 10
+
+# Answered without a key: nothing of any request is in them. /live is the empty page; what it shows
+# comes from routes below it.
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/live"})
+_TENANT = "astrai.tenant"  # where the name of the key stands in an ASGI scope
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key as it is kept: never the key itself."""
+
+    name: str  # of the tenant; several keys may have one
+    digest: bytes
+
+    @classmethod
+    def of(cls, text: str, where: str) -> ApiKey:
+        """From `KEY` or `NAME KEY`; without a name the tenant is called by a hash of the key.
+
+        Raises ValueError, which says where and never what.
+        """
+        words = text.split()
+        if len(words) not in (1, 2):
+            raise ValueError(f"{where}: {len(words)} words, expected KEY or NAME KEY")
+        key = words[-1]
+        if len(key) < MIN_KEY_LENGTH:
+            raise ValueError(
+                f"{where}: a key of {len(key)} characters, expected at least {MIN_KEY_LENGTH}"
+            )
+        digest = hashlib.sha256(key.encode("utf-8", errors="surrogateescape")).digest()
+        name = words[0] if len(words) == 2 else f"key-{digest.hex()[:16]}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{where}: name {name!r}, expected {_NAME.pattern}")
+        return cls(name, digest)
+
+
+class KeyRing:
+    """The keys that open the door; without any it stands open."""
+
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+        self._keys = tuple(keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @classmethod
+    def gather(
+        cls,
+        given: Sequence[str] = (),
+        file: str | Path | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> KeyRing:
+        """Keys of the command line, of a file (one a line, # comments) and of ASTRAI_API_KEYS
+        (separated by commas), all as `KEY` or `NAME KEY`.
+
+        Raises ValueError if one cannot be meant, OSError if the file cannot be read.
+        """
+        keys = [ApiKey.of(text, f"--api-key {i}") for i, text in enumerate(given, 1)]
+        if file is not None:
+            lines = Path(file).read_text("utf-8").splitlines()
+            found = [
+                ApiKey.of(line, f"{file}:{i}")
+                for i, line in enumerate(lines, 1)
+                if line.strip() and not line.lstrip().startswith("#")
+            ]
+            if not found:
+                raise ValueError(f"{file}: no key in {len(lines)} lines")
+            keys += found
+        if ENV_KEYS in environment:
+            texts = environment[ENV_KEYS].split(",")
+            keys += [ApiKey.of(text, f"{ENV_KEYS} {i}") for i, text in enumerate(texts, 1)]
+        return cls(keys)
+
+    def tenant(self, key: bytes) -> str | None:
+        """The name under which `key` is known. Takes the same time whichever it is, or none."""
+        digest = hashlib.sha256(key).digest()
+        found: str | None = None
+        for known in self._keys:
+            if hmac.compare_digest(known.digest, digest):
+                found = known.name
+        return found
+
+
+def namespace_of(request: HTTPConnection, cache_salt: str | None = None) -> str:
+    """The prefix-cache tenant of a request: the name of its key, refined by `cache_salt`.
+
+    Without keys everybody shares one namespace, and a salt parts it. Names hold no "/".
+    Raises ApiError 400 if the salt is too long.
+    """
+    tenant: str = request.scope.get(_TENANT, "")
+    if not cache_salt:
+        return tenant
+    if len(cache_salt) > MAX_SALT_LENGTH:
+        raise ApiError(
+            f"cache_salt has {len(cache_salt)} characters, expected at most {MAX_SALT_LENGTH}",
+            param="cache_salt",
+        )
+    return f"{tenant}/{cache_salt}"
+
+
+class Guard:
+    """ASGI middleware: no request passes without a key once there are keys, nor with huge headers.
+
+    Answers in the shape of the route's family. Owns no state but the keys.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, *, open_metrics: bool = False) -> None:
+        self._app = app
+        self._keys = keys
+        self._open = OPEN_PATHS | {"/metrics"} if open_metrics else OPEN_PATHS
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        try:
+            _check_headers(scope)
+            self._check_key(scope)
+        except ApiError as error:
+            await _refuse(error, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        if not len(self._keys):
+            return
+        key = _key_in(scope["headers"])
+        if key is not None and (tenant := self._keys.tenant(key)) is not None:
+            scope[_TENANT] = tenant
+            return
+        if scope["path"] in self._open:
+            return
+        raise ApiError(
+            "no API key: send it as Authorization: Bearer KEY, or x-api-key: KEY"
+            if key is None
+            else "the API key is not known here",
+            status=401,
+            code="missing_api_key" if key is None else "invalid_api_key",
+        )
+
+
+def _key_in(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The key that a request brings; a bearer token goes before x-api-key."""
+    found: bytes | None = None
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, token = value.strip().partition(b" ")
+            if scheme.lower() == b"bearer" and token.strip():
+                return token.strip()
+        elif name == b"x-api-key" and value.strip():
+            found = value.strip()
+    return found
+
+
+def _check_headers(scope: Scope) -> None:
+    size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > MAX_HEADER_BYTES:
+        raise ApiError(
+            f"the headers have {size} bytes, expected at most {MAX_HEADER_BYTES}", status=431
+        )
+    url = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
+    if url > MAX_URL_BYTES:
+        raise ApiError(f"the URL has {url} bytes, expected at most {MAX_URL_BYTES}", status=414)
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await receive()  # the handshake; a close before the accept is an HTTP 403
+        await send({"type": "websocket.close", "code": 1008, "reason": error.message[:120]})
+        return
+    response = error.response(scope["path"])
+    if error.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    # A body that nobody reads would be taken for the connection's next request.
+    response.headers["connection"] = "close"
+    await response(scope, receive, send)
+
+
+# ── what a body may hold ────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bounds on the parts of a body; the whole is bounded in bytes before it is read."""
+
+    max_messages: int = 4096
+    max_message_bytes: int = 4 << 20
+    max_tools: int = 256
+    max_tools_bytes: int = 512 << 10
+    max_schema_bytes: int = 256 << 10
+    max_depth: int = 64  # of arrays and objects in each other
+
+
+LIMITS = BodyLimits()
+
+
+# Fields that list messages, and fields that hold a schema, a grammar or the like, of all routes.
+_MESSAGES = ("messages", "input")
+_SCHEMAS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "text",
+    "output_config",
+)
+
+
+def check_body(raw: bytes, body: Mapping[str, Any], limits: BodyLimits = LIMITS) -> None:
+    """ApiError 400, with both numbers, if a part of `body`, parsed from `raw`, is too large.
+
+    No part is larger than the whole, so a small body costs nothing but a few lookups.
+    """
+    _check_depth(raw, body, limits.max_depth)
+    for name in _MESSAGES:
+        messages = body.get(name)
+        if not isinstance(messages, list) or not any(isinstance(m, dict) for m in messages):
+            continue
+        _at_most(len(messages), limits.max_messages, name, "messages")
+        if len(raw) > limits.max_message_bytes:
+            for i, message in enumerate(messages):
+                _at_most(_size(message), limits.max_message_bytes, f"{name}[{i}]", "bytes")
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        _at_most(len(tools), limits.max_tools, "tools", "tools")
+        if len(raw) > limits.max_tools_bytes:
+            _at_most(_size(tools), limits.max_tools_bytes, "tools", "bytes")
+    if len(raw) > limits.max_schema_bytes:
+        for name in _SCHEMAS:
+            if body.get(name) is not None:
+                _at_most(_size(body[name]), limits.max_schema_bytes, name, "bytes")
+
+
+def _at_most(n: int, limit: int, field: str, unit: str) -> None:
+    if n > limit:
+        raise ApiError(
+            f"{field} has {n} {unit}, expected at most {limit}", param=field, code="too_large"
+        )
+
+
+def _size(value: Any) -> int:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return len(text.encode("utf-8", errors="surrogatepass"))
+
+
+def _check_depth(raw: bytes, body: Any, limit: int) -> None:
+    if raw.count(b"[") + raw.count(b"{") <= limit:
+        return
+    level: list[Any] = [body]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > limit:
+            raise ApiError(
+                f"the body nests deeper than {limit} levels of arrays and objects",
+                code="too_deep",
+            )
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
