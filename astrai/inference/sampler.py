@@ -2,6 +2,7 @@
 
 What happens to a row, in this order:
 
+0. what its grammar does not allow becomes -inf (structured output);
 1. logit_bias is added;
 2. repetition penalty over prompt and output (positive logits divided, others multiplied),
    then presence and frequency penalties over the output (subtracted);
@@ -12,7 +13,7 @@ What happens to a row, in this order:
    tie with the last one kept are kept;
 6. one uniform number from (seed, position) picks a token by inverse CDF in vocabulary order.
 
-Log-probabilities are those of the raw logits, before step 1.
+Log-probabilities are those of the raw logits, before step 0.
 
 Every sum over the vocabulary (the mass of a row, its CDF, the top_p mass) is a sum of 64-bit
 integers, the fixed-point values of e. Integer sums do not depend on their order and everything
@@ -57,6 +58,9 @@ class SampleRow(NamedTuple):
     prompt_ids: list[int]
     output_ids: list[int]
     banned: tuple[int, ...] = ()  # token ids that must not be drawn now
+    # int32[ceil(vocab_size / 32)], if not None: bit i % 32 of word i // 32 lets token i be drawn.
+    mask: np.ndarray | None = None
+    refused: str | None = None  # why nothing may be drawn: the row ends in this error
 
 
 class Sampled(NamedTuple):
@@ -354,7 +358,7 @@ class _ScorePart(NamedTuple):
 
 
 class _Edits:
-    """Steps 1 to 3 on a few logits in place, and the way back.
+    """Steps 0 to 3 in place, and the way back.
 
     Rows whose ids are outside the vocabulary are left alone and named in `errors`.
     """
@@ -364,10 +368,16 @@ class _Edits:
         self._vocab_size = sampler.vocab_size
         self._flat = logits.view(-1)
         self._saved: list[tuple[Tensor, Tensor]] = []
+        self._logits = logits
+        self._unmasked: tuple[Tensor, Tensor] | None = None
+        self._mask(rows)
         biased: list[tuple[int, float]] = []
         penalised: list[np.ndarray] = []
         banned: list[int] = []
         for i, row in enumerate(rows):
+            if row.refused is not None:
+                self.errors[i] = row.refused
+                continue
             bias = row.params.logit_bias or {}
             if not (row.banned or bias or row.params.penalised):
                 continue
@@ -388,6 +398,21 @@ class _Edits:
         while self._saved:
             at, values = self._saved.pop()
             self._flat[at] = values
+        if self._unmasked is not None:
+            at, values = self._unmasked
+            self._logits[at] = values
+
+    def _mask(self, rows: Sequence[SampleRow]) -> None:
+        """-inf for all tokens that the masks do not allow; whole rows are kept for `undo`."""
+        masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+        if not masked:
+            return
+        at = torch.tensor([i for i, _ in masked], device=self._logits.device)
+        values = self._logits[at]
+        self._unmasked = at, values
+        words = np.stack([mask for _, mask in masked])
+        barred = _barred(words, self._vocab_size, self._logits.device)
+        self._logits[at] = values.masked_fill(barred, -math.inf)
 
     def _apply(
         self,
@@ -435,6 +460,16 @@ class _Edits:
         minus = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         places = ids + i * self._vocab_size
         return np.stack([places, np.full(len(ids), params.repetition_penalty), minus])
+
+
+def _barred(words: np.ndarray, n: int, device: torch.device) -> Tensor:
+    """bool[R, n]: the complements of the first n bits of each row of int32 words, lowest first."""
+    if device.type == "cpu":
+        bits = np.unpackbits((~words).view(np.uint8), axis=1, count=n, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
+    shifts = torch.arange(32, dtype=torch.int32, device=device)
+    bits_of = torch.from_numpy(words).to(device)[:, :, None] >> shifts
+    return ((bits_of & 1) == 0).view(len(words), -1)[:, :n]
 
 
 def _argmax(x: Tensor) -> Tensor:

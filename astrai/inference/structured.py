@@ -1,4 +1,4 @@
-"""Structured output: what a request's text must match."""
+"""Structured output: what a request's text must match, as plain data."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 # Bytes of UTF-8 that each kind may have.
 MAX_BYTES = {"json_schema": 131_072, "regex": 16_384, "choice": 131_072, "grammar": 131_072}
+# White space in a row that JSON may have where it may have any: enough for indented text, and a
+# small model cannot fill max_tokens with it. A schema's own "x-guidance" may say otherwise.
+MAX_WHITESPACE = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutput:
     """What the output must be: exactly one of the five. Plain data, checked here, compiled later.
 
-    `grammar` is Lark as llguidance takes it, or EBNF (GBNF: `root ::= "yes" | "no"`). In Lark a
-    rule may embed a JSON schema, and tokens are named as they are in the vocabulary:
+    `grammar` is Lark as llguidance takes it (it has a rule `start`), or EBNF in GBNF's form
+    (`root ::= "yes" | "no"`). In Lark a rule may embed a JSON schema:
 
         start: "<tool_call>" call "</tool_call>"
         call: %json {"type": "object", "properties": {"city": {"type": "string"}}}
 
-    A marker that is a *special* token of the model (`Tokenizer.special_ids`) is written without
-    quotes, `<|python_tag|>`, or by its id, `<[128010]>`; any other text, also that of an added
-    token that is not special, is a quoted string.
+    A string that is the text of a special token of the model (`Tokenizer.special_ids`) stands for
+    that token, not for its letters; `<|python_tag|>` without quotes is the same, and is refused
+    where the model has no such token. Everything else, also the text of an added token that is
+    not special, is text.
 
-    Raises ValueError, naming the field and numbers, for what is malformed or too large. What
-    only the compiler can see (an unsupported keyword, an undefined rule) ends the request with an
-    error that begins with `source`.
+    Raises ValueError, naming `source` and numbers, for what is malformed or too large. What only
+    the compiler can see (an unsupported keyword, an undefined rule) ends the request with a
+    message that begins with `source`.
     """
 
     json_schema: str | None = None  # a JSON schema as JSON text
@@ -37,14 +42,14 @@ class StructuredOutput:
     source: str = field(default="structured", compare=False)  # the request field to blame
 
     def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise ValueError(f"{self.source}: {self.json_object = }, expected true or false")
         given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise ValueError(
-                f"{self.source} has {given or 'nothing'}, expected exactly one of "
+                f"{self.source} has {' and '.join(given) or 'nothing'}, expected exactly one of "
                 f"{', '.join(_KINDS)}"
             )
-        if self.json_object is not False and self.json_object is not True:
-            raise ValueError(f"{self.source}: {self.json_object = }, expected true or false")
         if self.choice is not None:
             object.__setattr__(self, "choice", _checked_choice(self.source, self.choice))
         for name in ("json_schema", "regex", "grammar"):
@@ -59,11 +64,16 @@ class StructuredOutput:
         return next(name for name in _KINDS if getattr(self, name) not in (None, False))
 
 
-_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
+class GrammarError(ValueError):
+    """What was asked cannot be compiled, or the output cannot go on under it: `source: why`."""
+
+    def __init__(self, source: str, why: str) -> None:
+        super().__init__(f"{source}: {why}")
+        self.source = source
 
 
 def _check_text(source: str, name: str, text: object) -> None:
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text:
         raise ValueError(f"{source}: {name} = {text!r}, expected text")
     size = _size(source, name, text)
     if size > MAX_BYTES[name]:

@@ -7,11 +7,12 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from astrai.inference.sampling_params import SamplingParams
+from astrai.inference.structured import GrammarError
 from astrai.server.errors import ApiError
 
 M = TypeVar("M", bound=BaseModel)
@@ -54,8 +55,26 @@ def _refuse_constant(name: str) -> NoReturn:
 def blame(error: ValueError) -> ApiError:
     """A 400 from a ValueError, `param` being the first field of a request that it names."""
     message = str(error)
+    if isinstance(error, GrammarError):
+        return ApiError(message, param=error.source, code="grammar_refused")
     named = (word for word in re.findall(r"\w+", message) if word in _BLAMED)
     return ApiError(message, param=next(named, None))
+
+
+class Lists(NamedTuple):
+    """What a route does with fields that it does not implement; any other is unknown: a 400.
+
+    harmless: accepted without effect; they describe the caller or his bookkeeping, not the answer.
+    refused: 400, unless null or one of the values that ask for nothing.
+    """
+
+    harmless: frozenset[str]
+    refused: Mapping[str, tuple[Any, ...]]
+
+
+def parse(body: dict[str, Any], model: type[M], lists: Lists) -> M:
+    """The implemented fields of a body, checked."""
+    return validate(model, screen(body, model, lists.harmless, lists.refused))
 
 
 def screen(
@@ -89,6 +108,7 @@ def screen(
 # A union's errors speak of its branches, one by one; these speak of the field.
 _UNIONS = {
     "prompt": "expected a string, a list of strings, a list of token ids, or lists of token ids",
+    "input": "expected a string, a list of strings, a list of token ids, or lists of token ids",
     "stop": "expected a string or a list of strings",
 }
 
