@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 
+class TemplateRefusal(ValueError):
+    """The model has no chat template, or it refuses the conversation, in its own words."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """What a chat route wants answered.
@@ -81,12 +85,15 @@ class ChatFormat:
     def prompt(self, asked: Conversation, content: StructuredOutput | None = None) -> ChatPrompt:
         """The prompt of a conversation whose answer, if it is no call, must be `content`.
 
-        Raises ValueError if the model has no chat template, or if it refuses the conversation.
+        Raises TemplateRefusal, or ValueError naming the field that makes no sense here.
         """
         tools = asked.toolset.tools if asked.toolset.choice != "none" else ()
         if tools and self._style is None:
             raise ValueError("tools are not served here: the tool parser is none")
-        text = self._render(asked, [tool.described() for tool in tools] or None)
+        try:
+            text = self._render(asked, [tool.described() for tool in tools] or None)
+        except ValueError as error:
+            raise TemplateRefusal(str(error)) from None
         thought = self._thought(asked, text)
         structured = self._structured(asked.toolset, content, thought)
         return ChatPrompt(

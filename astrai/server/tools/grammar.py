@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from astrai.inference.structured import StructuredOutput
+from astrai.inference.structured import GrammarError, StructuredOutput
 from astrai.server import reasoning
 from astrai.server.tools import Style, Tool, Toolset
 
@@ -30,7 +30,7 @@ def tool_grammar(
     """Lark text of an answer that calls tools of `toolset` as its choice says.
 
     An answer that is no call must be `content`, or any text if that is None. `literal` writes a
-    marker as Lark: a quoted string, or the notation of a special token. Raises ValueError for
+    marker as Lark: a quoted string, or the notation of a special token. Raises GrammarError for
     content that cannot be part of a larger grammar.
     """
     rules = _calls(style, toolset.callable, literal)
@@ -53,7 +53,7 @@ def tool_grammar(
 def content_grammar(
     content: StructuredOutput, thought: Thought, literal: Callable[[str], str]
 ) -> str:
-    """Lark text of an answer that is `content` after a thought; ValueError as in `tool_grammar`."""
+    """Lark text of an answer that is `content` after a thought; errors are as above."""
     return _grammar(thought, "content", [_content(content)], literal)
 
 
@@ -118,9 +118,10 @@ def _content(content: StructuredOutput) -> str:
         case "regex":
             return "content: /" + (content.regex or "").replace("/", r"\/") + "/"
         case _:
-            raise ValueError(
-                f"{content.source}: a grammar cannot be combined with tools or reasoning; "
-                "a JSON schema, a regex or a choice can"
+            raise GrammarError(
+                content.source,
+                "a grammar cannot be combined with tools or reasoning; a JSON schema, a regex or "
+                "a choice can",
             )
 
 
