@@ -16,7 +16,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.astrai-setup
 
-.PHONY: setup serve test test-slow bench gpu-check format clean
+.PHONY: setup serve test test-slow animate-setup test-animate bench gpu-check format clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,19 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+# Manim draws text with Cairo and Pango, whose headers are Debian's; without the right to install
+# them this prints the one command that does.
+ANIMATE_PACKAGES := libcairo2-dev libpango1.0-dev pkg-config
+
+animate-setup: setup
+	@pkg-config --exists cairo pangocairo 2>/dev/null || \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q $(ANIMATE_PACKAGES); \
+	  else echo "first: sudo apt-get install $(ANIMATE_PACKAGES)"; exit 1; fi
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[animate]'
+
+test-animate: animate-setup
+	$(BIN)/python -m pytest -m animate tests/animate $(ARGS)
 
 bench: setup
 	for name in $(BENCH); do $(BIN)/astrai bench $$name $(ARGS) || exit 1; done

@@ -1,0 +1,1 @@
+"""A recording as a short film: what the scheduler and the books of that run did."""
