@@ -1,0 +1,1 @@
+"""The live page: a picture of the engine, derived from its events and drawn in a browser."""
