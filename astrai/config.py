@@ -46,11 +46,23 @@ class EngineConfig:
     batching: Batching = "continuous"  # static is there to be measured
     attention: str = "auto"  # a backend of kernels/attention; auto: by device
     max_waiting: int = 4096  # requests in the queue past which a new one is refused
+    max_waiting_tokens: int = 1 << 20  # likewise, tokens of their prompts
+    stall_seconds: float = 60.0  # a tick that takes longer is reported, with the engine's state
     seed: int = 0  # requests without a seed of their own get one derived from this and their number
-    record: str | None = None  # write every event to this JSONL file
+    record: str | None = None  # write every decision to this JSONL file, to be replayed
+    record_mib: int = 64  # a file that reaches this is followed by the next
+    record_files: int = 16  # kept at most; without the first a recording cannot be replayed
+    record_prompts: bool = False  # token ids of prompts and outputs as well
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "ageing_ticks", "max_waiting"):
+        for name in (
+            "page_size",
+            "ageing_ticks",
+            "max_waiting",
+            "max_waiting_tokens",
+            "record_mib",
+            "record_files",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
         for name in (
@@ -64,6 +76,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}, expected at least 1 or None")
+        if not self.stall_seconds > 0:
+            raise ValueError(f"stall_seconds = {self.stall_seconds}, expected more than 0")
         if self.page_size % 16:
             raise ValueError(f"page_size = {self.page_size}, expected a multiple of 16")
         if self.group_decode not in ("length", "position", "off"):

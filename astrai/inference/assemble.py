@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,61 +13,24 @@ from astrai.config import EngineConfig, SchedulerConfig
 from astrai.inference.cache.books import Books
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.engine import Engine, PlanRunner
-from astrai.inference.events import EventLog, JsonlWriter
-from astrai.inference.intake import Intake, Limits
+from astrai.inference.events import EventLog
+from astrai.inference.grammar import Grammars
+from astrai.inference.intake import Limits
+from astrai.inference.link import Assembled, Budget, Deliver, Front
+from astrai.inference.recorder import Recorder
 from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.task import Update
 from astrai.kernels.attention import load_backend
 from astrai.models.config import ModelConfig
 from astrai.models.loading import LoadedModel, load_model
-from astrai.models.tokenizer import Tokenizer
 
 _CPU_KV_BYTES = 2 << 30
 # The rest of a GPU's free memory is for graphs, the libraries and the allocator's rounding.
 _GPU_SHARE = 0.9
 
 
-class Budget(NamedTuple):
-    """What the engine keeps in memory, in bytes, and what was decided at start."""
-
-    weights: int
-    workspace: int
-    kv: int
-    kv_tokens: int
-    max_model_len: int
-    dtype: str
-    device: str
-    load_seconds: float
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.workspace + self.kv
-
-    def lines(self) -> list[str]:
-        mib = 1 << 20
-        workspace = f"workspace{self.workspace / mib:8.1f} MiB  activations and samplers"
-        return [
-            f"weights  {self.weights / mib:8.1f} MiB  {self.dtype} on {self.device}",
-            *([workspace] if self.workspace else []),
-            f"KV pool  {self.kv / mib:8.1f} MiB  {self.kv_tokens} tokens, taken as they are used",
-            f"total    {self.total / mib:8.1f} MiB  in {self.load_seconds:.1f} s",
-        ]
-
-
-class Assembled(NamedTuple):
-    config: EngineConfig  # with what was decided in place of None
-    engine: Engine
-    intake: Intake
-    tokenizer: Tokenizer
-    events: EventLog
-    recorder: JsonlWriter | None
-    model_name: str
-    budget: Budget
-
-
-def assemble(config: EngineConfig, deliver: Callable[[list[Update]], None]) -> Assembled:
+def assemble(config: EngineConfig, deliver: Deliver) -> Assembled:
     """Load the model and wire the rooms together; the loop is not started.
 
     Raises FileNotFoundError or ValueError, naming file or field and numbers, and MemoryError
@@ -88,16 +50,14 @@ def assemble(config: EngineConfig, deliver: Callable[[list[Update]], None]) -> A
     kv = _allocate(config, loaded, n_pages)
     runner = _make_runner(config, loaded, kv, slots, chunk, max_model_len)
     events = EventLog()
-    recorder = JsonlWriter(config.record) if config.record else None
-    if recorder:
-        events.attach(recorder)
     books = Books(n_pages, config.page_size, config.prefix_cache, events)
     planning = SchedulerConfig(
         slots, chunk, config.ageing_ticks, config.group_decode, config.batching
     )
     scheduler = Scheduler(planning, books, time.monotonic, events)
+    recorder = _recorder(config, scheduler, loaded, runner.depth)
     limits = Limits(
-        max_model_len, loaded.config.vocab_size, loaded.eos_token_ids, config.max_waiting
+        max_model_len, loaded.config.vocab_size, loaded.eos_token_ids, n_pages, config.page_size
     )
     budget = Budget(
         weights=loaded.decoder.weight_bytes,
@@ -112,16 +72,36 @@ def assemble(config: EngineConfig, deliver: Callable[[list[Update]], None]) -> A
     # What is loaded stays: the collector need not walk it again, in the middle of some tick.
     gc.collect()
     gc.freeze()
-    return Assembled(
-        config,
-        Engine(scheduler, runner, deliver),
-        Intake(limits, loaded.tokenizer, scheduler, config.seed),
-        loaded.tokenizer,
-        events,
-        recorder,
-        loaded.name,
-        budget,
+    grammars = Grammars(loaded.tokenizer, loaded.config.vocab_size, loaded.eos_token_ids)
+    front = Front(config, limits, loaded.tokenizer, loaded.name, budget)
+    engine = Engine(scheduler, runner, deliver, config.stall_seconds, grammars)
+    return Assembled(front, engine, recorder)
+
+
+def _recorder(
+    config: EngineConfig, scheduler: Scheduler, loaded: LoadedModel, depth: int
+) -> Recorder | None:
+    if config.record is None:
+        return None
+    about = {
+        "model": loaded.name,
+        "dtype": loaded.precision,
+        "device": str(loaded.decoder.device),
+        "n_layers": loaded.config.n_layers,
+        "n_kv_heads": loaded.config.n_kv_heads,
+        "head_dim": loaded.config.head_dim,
+        "depth": depth,
+    }
+    recorder = Recorder(
+        config.record,
+        scheduler,
+        about,
+        max_bytes=config.record_mib << 20,
+        max_files=config.record_files,
+        prompts=config.record_prompts,
     )
+    scheduler.events.attach(recorder)
+    return recorder
 
 
 class _Decided(NamedTuple):

@@ -9,12 +9,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from astrai.inference.scheduler import Results, Scheduler
 from astrai.inference.task import Outcome, Plan, Task, Update
 
+if TYPE_CHECKING:
+    from astrai.inference.grammar import Grammars
+
 logger = logging.getLogger(__name__)
+
+_GRAMMAR_SECONDS = 0.005  # between two looks at the compilers while there is nothing else to do
 
 
 class Launch(Protocol):
@@ -57,11 +62,13 @@ class Engine:
         runner: PlanRunner,
         deliver: Callable[[list[Update]], None],
         stall_seconds: float = 60.0,
+        grammars: Grammars | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.deliver = deliver
         self.stall_seconds = stall_seconds
+        self.grammars = grammars
         self.failure: str | None = None  # why the loop ended, if it did
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._in_flight: deque[tuple[Plan, Launch | Exception]] = deque()
@@ -111,6 +118,7 @@ class Engine:
             "pages_cached": counts.cached,
             "pages_held": counts.held,
             "pages_total": counts.total,
+            "preemptions": self.scheduler.n_preemptions,
         }
         if self.failure is not None:
             return Health(False, f"the engine loop ended: {self.failure}", numbers)
@@ -129,15 +137,38 @@ class Engine:
 
     def step(self) -> None:
         """One tick: messages, results of an earlier launch, plan, deliver, launch."""
+        if self.scheduler.gated and self._must_read and not self._in_flight:
+            # All that is left waits for a compiler.
+            with contextlib.suppress(queue.Empty):
+                self._read(self._inbox.get(timeout=_GRAMMAR_SECONDS))
         while not self._inbox.empty():
             self._read(self._inbox.get())
+        self._ask_grammars()
         plan = self.scheduler.tick(self._results())
         self._stepped_at = time.monotonic()
         if updates := self.scheduler.drain_updates():
             self.deliver(updates)
         self._must_read = not plan
         if plan:
+            began = self.scheduler.clock()
             self._in_flight.append((plan, self._launch(plan)))
+            if events := self.scheduler.events:
+                events.emit("launch", plan.tick, began, self.scheduler.clock())
+
+    def _ask_grammars(self) -> None:
+        """Let go of the tasks whose grammar is compiled, or refused."""
+        for task in list(self.scheduler.gated.values()):
+            asked = task.params.structured
+            try:
+                if self.grammars is None or asked is None:
+                    raise ValueError("structured output: this engine has no compiler")
+                for choice in (task, *task.siblings):
+                    choice.matcher = self.grammars.matcher(asked)
+            except ValueError as error:
+                self.scheduler.grammar_done(task.id, str(error))
+            else:
+                if task.matcher is not None:
+                    self.scheduler.grammar_done(task.id)
 
     def _loop(self) -> None:
         try:
@@ -172,12 +203,16 @@ class Engine:
         ):
             return None
         plan, launch = self._in_flight.popleft()
+        began = self.scheduler.clock()
         try:
             if isinstance(launch, Exception):
                 raise launch
-            return Results(plan, launch.wait())
+            outcomes = launch.wait()
         except Exception:
-            return Results(plan, self._isolate(plan))
+            outcomes = self._isolate(plan)
+        if events := self.scheduler.events:
+            events.emit("read", plan.tick, began, self.scheduler.clock())
+        return Results(plan, outcomes)
 
     def _launch(self, plan: Plan) -> Launch | Exception:
         try:

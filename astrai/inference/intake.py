@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from astrai.inference.sampling_params import SamplingParams, resolve_seed
-from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import Task
 from astrai.inference.text import StopWatcher, bad_word_ids
 from astrai.models.tokenizer import Tokenizer
@@ -27,10 +26,6 @@ class PromptTooLong(ValueError):
         )
 
 
-class QueueFull(RuntimeError):
-    """More requests wait than the engine was told to hold."""
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a request is checked against."""
@@ -38,22 +33,19 @@ class Limits:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    max_waiting: int
+    n_pages: int  # of the whole pool
+    page_size: int
 
 
 class Intake:
     """Makes tasks of requests, in any thread.
 
-    Owns the numbering of tasks. Does not own the scheduler: it reads constants of it, and how
-    many tasks wait.
+    Owns the numbering of tasks.
     """
 
-    def __init__(
-        self, limits: Limits, tokenizer: Tokenizer, scheduler: Scheduler, seed: int
-    ) -> None:
+    def __init__(self, limits: Limits, tokenizer: Tokenizer, seed: int) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
-        self._scheduler = scheduler
         self._seed = seed
         self._ids = itertools.count()
 
@@ -67,11 +59,8 @@ class Intake:
     ) -> list[Task]:
         """The `params.n` tasks of one request; the first leads, the others are its siblings.
 
-        Raises ValueError (PromptTooLong with both numbers) or QueueFull; nothing is queued then.
+        Raises ValueError (PromptTooLong with both numbers); nothing is queued then.
         """
-        waiting = self._scheduler.n_waiting
-        if waiting >= self.limits.max_waiting:
-            raise QueueFull(f"{waiting} requests wait, at most {self.limits.max_waiting} may")
         prompt = self._checked_prompt(prompt_ids)
         max_tokens = self._max_tokens(len(prompt), params)
         params.check_vocabulary(self.limits.vocab_size)
@@ -96,14 +85,14 @@ class Intake:
                     seed=seed,
                     stop_ids=frozenset(stop_ids),
                     bad_words=bad_words,
-                    stop_check=StopWatcher(self.tokenizer, params) if params.stop else None,
+                    stop_check=stop_check(self.tokenizer, params),
                     namespace=namespace,
                     priority=priority,
                     index=index,
                 )
             )
         tasks[0].siblings = tasks[1:]
-        self._scheduler.check_fits(tasks[0])
+        tasks[0].check_fits(self.limits.n_pages, self.limits.page_size)
         return tasks
 
     def _checked_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
@@ -127,3 +116,8 @@ class Intake:
         if params.min_tokens > max_tokens:
             raise ValueError(f"min_tokens = {params.min_tokens}, expected <= {max_tokens}")
         return max_tokens
+
+
+def stop_check(tokenizer: Tokenizer, params: SamplingParams) -> Callable[[int], str | None] | None:
+    """What the loop asks after each token of a task that has stop strings."""
+    return StopWatcher(tokenizer, params) if params.stop else None

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from astrai.config import EngineConfig
-from astrai.inference.assemble import Budget, assemble
+from astrai.inference.assemble import assemble
 from astrai.inference.choice import Choice
 from astrai.inference.engine import Message
+from astrai.inference.intake import Intake
+from astrai.inference.link import Budget
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.task import FinishReason, Task, TokenLogprob, Update
 from astrai.inference.text import token_text
@@ -79,13 +81,14 @@ class LLM:
         if unknown := sorted(set(options) - known):
             raise TypeError(f"LLM has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
         parts = assemble(EngineConfig(model=model, **options), self._read)
-        self.config = parts.config
+        front = parts.front
+        self.config = front.config
         self.engine = parts.engine
-        self.tokenizer: Tokenizer = parts.tokenizer
-        self.events = parts.events
-        self.budget: Budget = parts.budget
-        self.model_name: str = parts.model_name
-        self._intake = parts.intake
+        self.tokenizer: Tokenizer = front.tokenizer
+        self.events = parts.engine.scheduler.events
+        self.budget: Budget = front.budget
+        self.model_name: str = front.model_name
+        self._intake = Intake(front.limits, front.tokenizer, front.config.seed)
         self._requests = itertools.count()
         self._open: dict[int, tuple[Choice, CompletionOutput]] = {}
         self._progress: Any = None
@@ -108,6 +111,8 @@ class LLM:
             text, ids = self._encoded(prompt, i)
             try:
                 tasks = self._intake.tasks(ids, chosen, request_id=str(next(self._requests)))
+                if chosen.structured is not None and self.engine.grammars is not None:
+                    self.engine.grammars.wait(chosen.structured)
             except ValueError as error:
                 if len(many) == 1:
                     raise

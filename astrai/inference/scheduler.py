@@ -27,6 +27,10 @@ from astrai.inference.task import (
 GROUP_PADDING = 14
 
 
+def _nobody_asks() -> float:
+    return 0.0
+
+
 class Results(NamedTuple):
     """What became of a plan: one outcome per entry, in the plan's order."""
 
@@ -58,13 +62,14 @@ class Scheduler:
         self.waiting: list[
             tuple[tuple[int, int, int], Task]
         ] = []  # heap by key; ended tasks leave when they surface
+        self.gated: dict[int, Task] = {}  # wait for their grammar, beside the queue
         self.tasks: dict[int, Task] = {}  # every task that has not ended
         self.free_slots = BitMask(config.max_slots)  # free = ~occupied
         self.blocked: WaitReason | None = None  # why the head of the queue waits
         self.wait_ticks: dict[str, int] = dict.fromkeys(WAIT_REASONS, 0)
         self.n_preemptions = 0
         self.n_output = 0
-        self._clock = clock
+        self.clock = clock
         self._updates: dict[int, Update] = {}
         self._aborted: list[Task] = []
         self._clears: list[int] = []
@@ -73,19 +78,19 @@ class Scheduler:
 
     def check_fits(self, task: Task) -> None:
         """Raise ValueError, with both numbers, if the task could never fit. Any thread may ask."""
-        needed, total = self.books.n_pages_for(task.max_positions), self.books.pool.n_pages
-        if needed > total:
-            raise ValueError(
-                f"the request needs {needed} pages of {self.books.page_size} positions (prompt "
-                f"{task.n_prompt} + max_tokens {task.max_tokens}), the whole pool has {total}"
-            )
+        task.check_fits(self.books.pool.n_pages, self.books.page_size)
 
     def add(self, task: Task) -> None:
         """Queue a task. Raises ValueError if it could never fit."""
         self.check_fits(task)
-        task.arrived_at = self._clock()
+        task.arrived_at = self.clock()
         aged = self.n_tick + task.priority * self.config.ageing_ticks
         task.key = (aged, task.id, 0)
+        for sibling in task.siblings:
+            sibling.arrived_at, sibling.key = task.arrived_at, (aged, task.id, sibling.index)
+            sibling.leader = task
+            self.tasks[sibling.id] = sibling
+        self._enqueue(task)
         if self.events:
             self.events.emit(
                 "arrive",
@@ -97,16 +102,29 @@ class Scheduler:
                 task.arrived_at,
                 [sibling.id for sibling in task.siblings],
             )
-        for sibling in task.siblings:
-            sibling.arrived_at, sibling.key = task.arrived_at, (aged, task.id, sibling.index)
-            sibling.leader = task
-            self.tasks[sibling.id] = sibling
-        self._enqueue(task)
+            if task.gated:
+                self.events.emit("wait", "grammar", task.id, self.n_waiting)
 
     def abort(self, task_id: int) -> None:
         """End a task at the next Cleanup; unknown or ended ids are fine."""
         if task := self.tasks.get(task_id):
             self._aborted.append(task)
+            if self.events:
+                self.events.emit("abort", task_id)
+
+    def grammar_done(self, task_id: int, error: str | None = None) -> None:
+        """What a gated task waits for is compiled, and it joins the queue at its place; or it is
+        refused, and all choices of the request end."""
+        task = self.gated.pop(task_id)
+        if self.events:
+            self.events.emit("grammar", task_id, error)
+        if error is None:
+            self._count_waits(task)
+            self._enqueue(task)
+            return
+        choices, task.siblings = [task, *task.siblings], []
+        for choice in choices:
+            self._end(choice, "error", error=error)
 
     # ── the tick ──────────────────────────────────────────────────────────────────────────────────
 
@@ -117,29 +135,27 @@ class Scheduler:
         plan = Plan(self.n_tick)
         if self.events.snapshot_due:
             self._emit_snapshot()
+        clock = self.clock if self.events else _nobody_asks
+        began = clock()
         self.cleanup(results)
+        cleaned = clock()
         self.refill(plan)
+        refilled = clock()
         self.prefill(plan)
+        prefilled = clock()
         self.decode(plan)
         if plan.entries:
             plan.clears, self._clears = self._clears, []
-        if self.events:
-            free, cached, held, _ = self.books.counts
-            self.events.emit(
-                "tick",
-                self._clock(),
-                len(self.running),
-                self.n_waiting,
-                free,
-                cached,
-                held,
-                self.n_output,
-            )
+        if clock is not _nobody_asks:
+            self.events.emit("phases", began, cleaned, refilled, prefilled)
+            self._emit_tick()
         return plan
 
     def cleanup(self, results: Results | None) -> None:
         """Take the tokens of an earlier launch, end tasks, give back their pages and slots."""
         if results is not None:
+            if self.events:
+                self.events.emit("results", results.plan.tick)
             entries = results.plan.entries.values()
             for entry, outcome in zip(entries, results.outcomes, strict=True):
                 self._apply(entry, outcome)
@@ -152,8 +168,9 @@ class Scheduler:
         not.
 
         The head of the queue is never skipped, so what blocks it is why everybody behind it waits
-        too.
+        too. Who waits for a grammar is not in the queue.
         """
+        self.wait_ticks["grammar"] += bool(self.gated)
         blocked: WaitReason | None = None
         backlog = sum(task.wanted for task in self.running.values() if task.prefilling)
         closed = self.config.batching == "static" and bool(self.running)
@@ -198,6 +215,8 @@ class Scheduler:
             # its turn above.
             if task.slot < 0 or task in plan.entries or task.prefilling or task.exhausted:
                 continue
+            if task.must_read:
+                continue
             if self._grow(task, plan):
                 self._plan_entry(plan, task, 1)
                 steps.append(task)
@@ -239,6 +258,13 @@ class Scheduler:
                     f"task {task.id} does not run, but has {task.slot = }, {task.page_table = }"
                 )
 
+    def _emit_tick(self) -> None:
+        free, cached, held, _ = self.books.counts
+        n_running = len(self.running)
+        self.events.emit(
+            "tick", self.clock(), n_running, self.n_waiting, free, cached, held, self.n_output
+        )
+
     def _emit_snapshot(self) -> None:
         """What a reader needs that saw nothing until now. O(tasks + pages they hold or cache)."""
         self.events.snapshot_due = False
@@ -270,13 +296,17 @@ class Scheduler:
             for task in self.tasks.values()
         ]
         indexed = self.books.prefix.frames() if self.books.prefix_cache else []
-        self.events.emit("snapshot", self._clock(), config, tasks, indexed, self.blocked)
+        self.events.emit("snapshot", self.clock(), config, tasks, indexed, self.blocked)
 
     # ── pieces of the phases ──────────────────────────────────────────────────────────────────────
 
     def _enqueue(self, task: Task) -> None:
         self.tasks[task.id] = task
-        task.wait_mark = dict(self.wait_ticks)
+        ticks = self.wait_ticks.items()
+        task.wait_mark = {r: n for r, n in ticks if (r == "grammar") == task.gated}
+        if task.gated:
+            self.gated[task.id] = task
+            return
         heapq.heappush(self.waiting, (task.key, task))
 
     def _apply(self, entry: Entry, outcome: Outcome) -> None:
@@ -304,7 +334,7 @@ class Scheduler:
         task.tokens.append(token)
         self.n_output += 1
         if task.first_token_at is None:
-            task.first_token_at = self._clock()
+            task.first_token_at = self.clock()
             if self.events:
                 self.events.emit("first_token", task.id, task.first_token_at)
             self._release_siblings(task)
@@ -316,10 +346,19 @@ class Scheduler:
             except Exception as error:  # what breaks in a request's own text ends that request only
                 self._end(task, "error", error=f"stop strings: {type(error).__name__}: {error}")
                 return
+        complete = False
+        if task.matcher is not None:
+            try:
+                complete = task.matcher.advance(token)
+            except Exception as error:
+                self._end(task, "error", error=str(error))
+                return
         if token in task.stop_ids and task.n_output > task.params.min_tokens:
             self._end(task, "stop", stop_reason=token)
         elif matched is not None:
             self._end(task, "stop", stop_reason=matched)
+        elif complete and task.matcher is not None:
+            self._end(task, "stop", stop_reason=token if token in task.matcher.eos_ids else None)
         elif task.n_output >= task.max_tokens:
             self._end(task, "length")
 
@@ -341,7 +380,7 @@ class Scheduler:
         if task.finish_reason is not None:
             return
         task.finish_reason, task.stop_reason, task.error = reason, stop_reason, error
-        task.ended_at = self._clock()
+        task.ended_at = self.clock()
         if task.slot >= 0:
             self.books.commit(
                 task, min(task.computed, len(task.tokens) - 1) if reason != "error" else 0
@@ -349,6 +388,7 @@ class Scheduler:
             self._unseat(task, keep=reason != "error")
         else:
             self._count_waits(task)
+        self.gated.pop(task.id, None)
         self._release_siblings(task)
         del self.tasks[task.id]
         self._report(task, [], [])
@@ -395,8 +435,9 @@ class Scheduler:
         self.running[task.id] = task
         self._count_waits(task)
         if task.admitted_at is None:
-            task.admitted_at = self._clock()
+            task.admitted_at = self.clock()
             task.n_cached = min(task.computed, task.n_prompt)
+            self._report(task, [], [])
         if self.events:
             waits = dict(task.waits)
             self.events.emit("admit", task.id, task.slot, task.computed, waits, task.admitted_at)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from astrai.inference.grammar import Matcher
     from astrai.inference.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-WaitReason = Literal["slots", "pages", "prefill", "results"]
-WAIT_REASONS: tuple[WaitReason, ...] = ("slots", "pages", "prefill", "results")
+WaitReason = Literal["slots", "pages", "prefill", "results", "grammar"]
+WAIT_REASONS: tuple[WaitReason, ...] = ("slots", "pages", "prefill", "results", "grammar")
 Ranked = tuple[tuple[int, float], ...]  # (token id, log-probability), most probable first
 
 
@@ -50,6 +51,37 @@ class Timings(NamedTuple):
     waits: dict[str, int]  # reason → ticks
 
 
+# The fields of a task that a request decides.
+_BORN = (
+    "id",
+    "request_id",
+    "prompt",
+    "params",
+    "max_tokens",
+    "seed",
+    "stop_ids",
+    "bad_words",
+    "namespace",
+    "priority",
+    "index",
+    "siblings",
+)
+# The fields, besides tokens, that its edge reads once it is admitted, has begun or has ended.
+SEEN = (
+    "arrived_at",
+    "admitted_at",
+    "first_token_at",
+    "ended_at",
+    "n_cached",
+    "n_preempted",
+    "waits",
+    "prompt_logprobs",
+    "pooled",
+    "stop_reason",
+    "error",
+)
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """A task's tokens, how far they are computed, and what it holds.
@@ -85,6 +117,8 @@ class Task:
         default_factory=list
     )  # the other choices, to be forked once the prompt is computed
 
+    # Where its output stands in what it asked for in params.structured; None until compiled.
+    matcher: Matcher | None = None
     tokens: list[int] = field(init=False)  # prompt, then output
     n_prompt: int = field(init=False)
     computed: int = 0
@@ -115,6 +149,13 @@ class Task:
     stop_reason: int | str | None = None
     error: str | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A task crosses to a loop in another process as it was born."""
+        return {name: getattr(self, name) for name in _BORN}
+
+    def __setstate__(self, born: dict[str, Any]) -> None:
+        self.__init__(**born)  # type: ignore[misc]
+
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.n_prompt = len(self.prompt)
@@ -123,6 +164,16 @@ class Task:
     def wants_prompt_logprobs(self) -> bool:
         """Prompt chunks give the log-probabilities of their tokens, once."""
         return self.params.prompt_logprobs is not None and self.index == 0 and self.n_output == 0
+
+    @property
+    def gated(self) -> bool:
+        """What its output must match is not compiled yet."""
+        return self.params.structured is not None and self.matcher is None
+
+    @property
+    def must_read(self) -> bool:
+        """What may follow depends on a token that the host does not know yet."""
+        return self.params.structured is not None and self.pending > 0
 
     @property
     def samples_nothing(self) -> bool:
@@ -163,6 +214,15 @@ class Task:
             n_preempted=self.n_preempted,
             waits=self.waits,
         )
+
+    def check_fits(self, n_pages: int, page_size: int) -> None:
+        """Raise ValueError, with both numbers, if a whole pool of `n_pages` could not hold it."""
+        needed = -(-self.max_positions // page_size)
+        if needed > n_pages:
+            raise ValueError(
+                f"the request needs {needed} pages of {page_size} positions (prompt "
+                f"{self.n_prompt} + max_tokens {self.max_tokens}), the whole pool has {n_pages}"
+            )
 
     @property
     def max_positions(self) -> int:
