@@ -194,8 +194,11 @@ class Grammars:
             return self._table
 
 
-class _TokenBytes:
-    """The vocabulary as the compiler reads it."""
+class _Vocabulary:
+    """The vocabulary as the compiler reads it: what bytes a token is, and a text's usual tokens.
+
+    Where a grammar leaves one text only, the compiler allows only the usual token of it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
@@ -203,17 +206,43 @@ class _TokenBytes:
         self.eos_token_id = eos_ids[0]
         self.bos_token_id = tokenizer.bos_token_id
         self._tokenizer = tokenizer
+        self._special = frozenset(self.special_token_ids)
+        names = sorted((self.tokens[i].decode() for i in self._special), key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        usual = {text: i for i, text in enumerate(self.tokens) if text and i not in self._special}
+        self._id_of = usual
+        self._longest = max(map(len, usual), default=0)
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace")
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def __call__(self, text: str) -> list[int]:
+        """Tokens that are exactly the bytes of `text`, none of them special."""
+        ids: list[int] = []
+        begin = 0
+        # The name of a special token written in a text is text: it is cut, so as not to be read.
+        cuts = [found.start() + 1 for found in self._names.finditer(text)]
+        for end in (*cuts, len(text)):
+            ids += self._tokenizer.encode(text[begin:end], add_special_tokens=False)
+            begin = end
+        data = text.encode()
+        same = b"".join(self.tokens[i] for i in ids if i < len(self.tokens)) == data
+        return ids if same and not self._special.intersection(ids) else self._greedy(data)
+
+    def _greedy(self, data: bytes) -> list[int]:
+        """For tokenizers that put a space before every text: the longest token, again and again."""
+        ids = []
+        while data:
+            sizes = range(min(self._longest, len(data)), 0, -1)
+            found = next((n for n in sizes if data[:n] in self._id_of), 0)
+            if not found:
+                raise ValueError(f"no token begins as {data[:8]!r} does")
+            ids.append(self._id_of[data[:found]])
+            data = data[found:]
+        return ids
 
 
 def _token_table(tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    wrapped = TokenizerWrapper(_TokenBytes(tokenizer, vocab_size, eos_ids))
+    wrapped = TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_ids))
     return LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=list(eos_ids))
 
 

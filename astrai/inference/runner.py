@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.sampler import Sampled, Sampler, SampleRow
-from astrai.inference.sampling_params import banned_tokens
+from astrai.inference.sampling_params import bad_word_ends, early_ends
+from astrai.inference.structured import GrammarError
 from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, TokenLogprob
 from astrai.kernels.attention import AttentionBackend, AttentionBatch
 from astrai.models.decoder import Decoder
@@ -153,9 +155,22 @@ def looks_back(task: Task) -> bool:
 def sample_row(entry: Entry, output_ids: list[int]) -> SampleRow:
     """What the sampler must know of an entry; `output_ids` matter if the task looks back."""
     task = entry.task
-    banned: tuple[int, ...] = ()
+    banned: Collection[int] = ()
+    ends: Collection[int] = ()
     if looks_back(task):
-        banned = banned_tokens(task.params, output_ids, tuple(task.stop_ids), task.bad_words)
+        banned = bad_word_ends(output_ids, task.bad_words)
+        ends = early_ends(task.params, len(output_ids), task.stop_ids)
+    mask: np.ndarray | None = None
+    refused = None
+    if task.matcher is None:
+        banned = sorted({*banned, *ends})
+    else:
+        # What would end the output is held off only as long as the grammar lets it go on.
+        held_off = {*ends, *task.matcher.eos_ids} if task.params.ignore_eos else ends
+        try:
+            mask = task.matcher.mask(held_off)
+        except GrammarError as error:
+            refused = str(error)
     return SampleRow(
         params=task.params,
         seed=task.seed,
@@ -163,7 +178,9 @@ def sample_row(entry: Entry, output_ids: list[int]) -> SampleRow:
         slot=task.slot,
         prompt_ids=task.prompt,
         output_ids=output_ids,
-        banned=banned,
+        banned=tuple(banned),
+        mask=mask,
+        refused=refused,
     )
 
 

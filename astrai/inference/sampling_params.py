@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 from astrai.inference.structured import StructuredOutput
-from typing import Literal
 
 MAX_N = 16_384
 MAX_LOGPROBS = 20
@@ -177,28 +177,26 @@ def resolve_seed(seed: int | None, index: int = 0) -> int:
     return z ^ (z >> 31)
 
 
-def banned_tokens(
-    params: SamplingParams,
-    output_ids: Sequence[int],
-    eos_token_ids: Sequence[int],
-    bad_word_ids: Sequence[Sequence[int]] = (),
-) -> tuple[int, ...]:
-    """Token ids that must not be drawn next, ascending.
+def early_ends(
+    params: SamplingParams, n_output: int, eos_token_ids: Collection[int]
+) -> frozenset[int]:
+    """While fewer than `min_tokens` are out, every id that would end the task."""
+    if n_output >= params.min_tokens:
+        return frozenset()
+    # With ignore_eos the end-of-sequence id ends nothing, so there is nothing to hold off.
+    return frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
 
-    While fewer than `min_tokens` are out, everything that would end the task by id; and the last
-    token of every bad word (as token ids) whose other tokens are the end of `output_ids`.
-    """
-    banned: set[int] = set()
-    if len(output_ids) < params.min_tokens:
-        banned.update(params.stop_token_ids)
-        # With ignore_eos the end-of-sequence id ends nothing, so there is nothing to hold off.
-        if not params.ignore_eos:
-            banned.update(eos_token_ids)
+
+def bad_word_ends(
+    output_ids: Sequence[int], bad_word_ids: Sequence[Sequence[int]]
+) -> frozenset[int]:
+    """The last token of every bad word whose other tokens are the end of `output_ids`."""
+    banned = set()
     for word in bad_word_ids:
         start = len(output_ids) - (len(word) - 1)
         if start >= 0 and list(output_ids[start:]) == list(word[:-1]):
             banned.add(word[-1])
-    return tuple(sorted(banned))
+    return frozenset(banned)
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:

@@ -24,10 +24,9 @@ class StructuredOutput:
         start: "<tool_call>" call "</tool_call>"
         call: %json {"type": "object", "properties": {"city": {"type": "string"}}}
 
-    A string that is the text of a special token of the model (`Tokenizer.special_ids`) stands for
-    that token, not for its letters; `<|python_tag|>` without quotes is the same, and is refused
-    where the model has no such token. Everything else, also the text of an added token that is
-    not special, is text.
+    What is quoted is text. A special token of the model (`Tokenizer.special_ids`) is written
+    without quotes, `<|python_tag|>`, or by its id, `<[128010]>`; a name that the model does not
+    have is refused.
 
     Raises ValueError, naming `source` and numbers, for what is malformed or too large. What only
     the compiler can see (an unsupported keyword, an undefined rule) ends the request with a
@@ -85,7 +84,7 @@ def _check_schema(source: str, text: str) -> None:
         schema: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: json_schema is not JSON: {error}") from None
-    if not isinstance(schema, (dict, bool)):
+    if not isinstance(schema, dict):
         raise ValueError(
             f"{source}: json_schema is a JSON {type(schema).__name__}, expected an object"
         )

@@ -13,7 +13,8 @@ import pytest
 from astrai.inference.sampling_params import (
     MAX_LOGPROBS,
     SamplingParams,
-    banned_tokens,
+    bad_word_ends,
+    early_ends,
     resolve_seed,
 )
 
@@ -157,19 +158,18 @@ def test_seeds_of_the_completions_of_one_request() -> None:
 
 def test_min_tokens_bans_what_would_end_the_task() -> None:
     params = SamplingParams(min_tokens=2, stop_token_ids=[9])
-    assert banned_tokens(params, [1], eos_token_ids=[2, 3]) == (2, 3, 9)
-    assert banned_tokens(params, [1, 1], eos_token_ids=[2, 3]) == ()
+    assert early_ends(params, 1, eos_token_ids=[2, 3]) == {2, 3, 9}
+    assert early_ends(params, 2, eos_token_ids=[2, 3]) == set()
     ignoring = dataclasses.replace(params, ignore_eos=True)
-    assert banned_tokens(ignoring, [], eos_token_ids=[2]) == (9,)
+    assert early_ends(ignoring, 0, eos_token_ids=[2]) == {9}
 
 
 def test_bad_words_ban_their_last_token_after_the_others() -> None:
     words = ((5,), (1, 2, 3))
-    params = SamplingParams()
-    assert banned_tokens(params, [], (), words) == (5,)
-    assert banned_tokens(params, [1], (), words) == (5,)
-    assert banned_tokens(params, [0, 1, 2], (), words) == (3, 5)
-    assert banned_tokens(params, [1, 2, 0], (), words) == (5,)
+    assert bad_word_ends([], words) == {5}
+    assert bad_word_ends([1], words) == {5}
+    assert bad_word_ends([0, 1, 2], words) == {3, 5}
+    assert bad_word_ends([1, 2, 0], words) == {5}
 
 
 def test_imports_no_torch() -> None:
