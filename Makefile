@@ -16,7 +16,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.astrai-setup
 
-.PHONY: setup serve test test-slow animate-setup test-animate bench gpu-check format clean
+.PHONY: setup serve test test-slow animate-setup test-animate soak bench gpu-check format clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,9 @@ test-animate: animate-setup
 
 bench: setup
 	for name in $(BENCH); do $(BIN)/astrai bench $$name $(ARGS) || exit 1; done
+
+soak: setup
+	$(BIN)/python bench/soak.py $(ARGS)
 
 # On a machine with a GPU and its own build of PyTorch and Triton: no .venv.
 gpu-check:
