@@ -114,6 +114,8 @@ class ChatFormat:
                 messages = _told(messages, told, self._takes_system)
             messages = _merged_results(messages)
             tools = None
+        elif self._style is not None and self._style.one_by_one:
+            messages = _one_by_one(messages)
         generation = asked.add_generation_prompt and not asked.continue_final_message
         if not asked.continue_final_message:
             return self._tokenizer.render_chat(messages, generation, tools, **asked.template_kwargs)
@@ -207,7 +209,7 @@ def _for_template(message: Message) -> Message:
     message = {name: value for name, value in message.items() if value is not None}
     if message["role"] == "developer":
         message["role"] = "system"
-    if calls := message.get("tool_calls"):
+    if calls := message.pop("tool_calls", None):
         message["tool_calls"] = [
             {**call, "function": {**call["function"], "arguments": _object(call)}} for call in calls
         ]
@@ -223,6 +225,27 @@ def _object(call: Mapping[str, Any]) -> Any:
     except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text
+
+
+def _one_by_one(messages: Sequence[Message]) -> list[Message]:
+    """Each call in a message of its own, its result behind it."""
+    split: list[Message] = []
+    left = list(messages)
+    while left:
+        message, *left = left
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            split.append(message)
+            continue
+        n_results = next((i for i, m in enumerate(left) if m["role"] != "tool"), len(left))
+        results, left = left[:n_results], left[n_results:]
+        for i, call in enumerate(calls):
+            split.append({**message, "content": "" if i else message["content"]})
+            split[-1]["tool_calls"] = [call]
+            split += [m for m in results if m.get("tool_call_id") == call["id"]]
+        ids = {call["id"] for call in calls}
+        split += [m for m in results if m.get("tool_call_id") not in ids]
+    return split
 
 
 def _plain(message: Message, style: Style | None) -> Message:
@@ -259,10 +282,12 @@ def _merged_results(messages: Sequence[Message]) -> list[Message]:
     return merged
 
 
-def _told(messages: list[Message], told: str, takes_system: bool) -> list[Message]:
-    """`told` as the system message, behind what that says; before the first message without."""
-    if messages and messages[0]["role"] == ("system" if takes_system else "user"):
-        first, *rest = messages
-        texts = [first["content"], told] if takes_system else [told, first["content"]]
-        return [{**first, "content": "\n\n".join(texts)}, *rest]
-    return [{"role": "system" if takes_system else "user", "content": told}, *messages]
+def _told(messages: Sequence[Message], told: str, takes_system: bool) -> list[Message]:
+    """`told` behind what the system message says, or before what the user says first."""
+    role = "system" if takes_system else "user"
+    at = next((i for i, message in enumerate(messages) if message["role"] == role), None)
+    if at is None or (takes_system and at > 0):
+        return [{"role": role, "content": told}, *messages]
+    said = messages[at]["content"]
+    texts = [said, told] if takes_system else [told, said]
+    return [*messages[:at], {**messages[at], "content": "\n\n".join(texts)}, *messages[at + 1 :]]

@@ -121,6 +121,7 @@ class Style:
     between: str  # between two of those
     arguments: str  # the key under which it writes a call's arguments
     form: str  # told to models whose template does not know tools
+    one_by_one: bool = False  # its template takes one call in a message
 
 
 def styles() -> Mapping[str, Style]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from astrai.inference.structured import GrammarError, StructuredOutput
+from astrai.inference.structured import MAX_WHITESPACE, GrammarError, StructuredOutput
 from astrai.server import reasoning
 from astrai.server.tools import Style, Tool, Toolset
 
@@ -81,8 +81,10 @@ def _calls(style: Style, tools: Sequence[Tool], literal: Callable[[str], str]) -
     ]
     for i, tool in enumerate(tools):
         head = f'{{"name": {json.dumps(tool.name)}, "{style.arguments}": '
-        schema = json.dumps({"type": "object", **tool.schema})
-        rules += [f'one_{i}: {_quoted(head)} args_{i} "}}"', f"args_{i}: %json {schema}"]
+        rules += [
+            f'one_{i}: {_quoted(head)} args_{i} "}}"',
+            f"args_{i}: {_json({'type': 'object', **tool.schema}, exact=tool.strict)}",
+        ]
     return rules
 
 
@@ -110,9 +112,9 @@ def _until(rule: str, marker: str, literal: Callable[[str], str]) -> list[str]:
 def _content(content: StructuredOutput) -> str:
     match content.kind:
         case "json_schema":
-            return f"content: %json {content.json_schema}"
+            return f"content: {_json(json.loads(content.json_schema or ''), exact=True)}"
         case "json_object":
-            return 'content: %json {"type": "object"}'
+            return f"content: {_json({'type': 'object'}, exact=True)}"
         case "choice":
             return "content: " + " | ".join(_quoted(text) for text in content.choice or ())
         case "regex":
@@ -123,6 +125,18 @@ def _content(content: StructuredOutput) -> str:
                 "a grammar cannot be combined with tools or reasoning; a JSON schema, a regex or "
                 "a choice can",
             )
+
+
+def _json(schema: dict[str, Any] | bool, *, exact: bool) -> str:
+    """JSON of a schema. If not `exact`, what the compiler does not know in it is passed over."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    options = {
+        "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}",
+        "lenient": not exact,
+        "coerce_one_of": not exact,
+    }
+    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
 
 
 def _quoted(text: str) -> str:

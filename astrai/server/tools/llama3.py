@@ -19,4 +19,5 @@ STYLE = Style(
         "To call one, answer with nothing but a JSON object with its name and parameters:\n"
         '{"name": <function name>, "parameters": <object of arguments>}'
     ),
+    one_by_one=True,
 )

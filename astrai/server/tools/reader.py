@@ -16,6 +16,7 @@ from astrai.server.parts import Part, TextPart, ToolCallPart
 from astrai.server.tools import Marker, Style
 
 _SPACE = " \t\r\n"
+_SCALAR = frozenset("+-.0123456789eEaflnrstu")  # numbers, true, false, null
 # Gets one character per send; ends after the last character that it needs.
 _Steps: TypeAlias = Generator[None, str, None]
 # The same, and returns the first character after white space behind what it read.
@@ -164,21 +165,23 @@ def _quoted(sink: Callable[[str], object]) -> _Steps:
 
 
 def _value(char: str, sink: Callable[[str], object]) -> _StepsTo:
-    """A value that begins with `char`; its brackets must match, its scalars are not checked."""
+    """A value that begins with `char`; of its syntax brackets and letters are checked."""
     if char not in '"{[':
         while char not in _SPACE + ",]}":
+            if char not in _SCALAR:
+                raise _NotACall
             sink(char)
             char = yield
         return char if char not in _SPACE else (yield from _after_space())
     closers: list[str] = []
     while True:
+        if char in "}]" and closers.pop() != char:
+            raise _NotACall
         sink(char)
         if char == '"':
             yield from _quoted(sink)
         elif char in "{[":
             closers.append("}" if char == "{" else "]")
-        elif char in "}]" and (not closers or closers.pop() != char):
-            raise _NotACall
         if not closers:
             return (yield from _after_space())
         char = yield
