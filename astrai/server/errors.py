@@ -16,12 +16,16 @@ from starlette.responses import Response
 
 logger = logging.getLogger(__name__)
 
+ERROR = "astrai.error"  # where the ApiError that ended a request stands in its ASGI scope
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     405: "method_not_allowed_error",
+    429: "rate_limit_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 
 _ANTHROPIC_TYPES = {
@@ -39,9 +43,16 @@ class ApiError(Exception):
     """A request that ends with an HTTP status; `param` names the field to blame."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,  # seconds
     ) -> None:
         super().__init__(message)
+        self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
         self.message = message
         self.status = status
         self.param = param
@@ -70,7 +81,7 @@ class ApiError(Exception):
         """The error as the family of routes that `path` belongs to says it."""
         anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
         body = self.anthropic_body() if anthropic else self.body()
-        return JSONResponse(body, status_code=self.status)
+        return JSONResponse(body, status_code=self.status, headers=self.headers)
 
 
 def install(app: FastAPI) -> None:
@@ -78,6 +89,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
+        request.scope[ERROR] = error
         return error.response(request.url.path)
 
     @app.exception_handler(ClientDisconnect)
