@@ -8,9 +8,7 @@ With no reader attached an event costs one truth test at the place that would em
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # kind → the names of its values, in order. Every event also carries the tick in which it was
@@ -26,6 +24,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "head",
         "n_waiting",
     ),  # why the head of the queue, and so everybody behind it, waits
+    "grammar": ("task", "error"),  # what a task waited for is compiled, or (not null) refused
     # `waits`: reason → ticks so far, as the scheduler counted them; `time`: first admission.
     "admit": ("task", "slot", "n_cached", "waits", "time"),
     # What the index gave: `n_hit` of the `n_full` positions in full pages; `evicted`: the tick that
@@ -45,6 +44,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     "first_token": ("task", "time"),
     "end": ("task", "reason", "n_output", "time", "waits"),
     "forget": ("frames",),  # suspect pages, out of the index before they are returned
+    "abort": ("task",),  # asked for; the task ends in the next Cleanup
+    "results": ("plan",),  # Cleanup applies what became of the plan of that tick
+    # The start of a tick and the ends of Cleanup, Refill, Prefill; "tick" has the end of Decode.
+    "phases": ("began", "cleaned", "refilled", "prefilled"),
+    "launch": ("plan", "began", "ended"),  # the host gave the plan to the device
+    "read": ("plan", "began", "ended"),  # the host waited for what became of the plan
     # The state between two ticks, for a reader that came late; only after `request_snapshot`.
     "snapshot": ("time", "config", "tasks", "indexed", "blocked"),
 }
@@ -82,28 +87,3 @@ class EventLog:
     def emit(self, kind: str, *values: Any) -> None:
         for reader in self._readers:
             reader(self.tick, kind, values)
-
-
-class JsonlWriter:
-    """Writes each event as one JSON object per line: `{"tick": 7, "event": "admit", "task": 3,
-    ...}`.
-
-    Owns the file. A full disk ends the recording, not the engine: `error` then says why.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.error: str | None = None
-        self._file = self.path.open("w", encoding="utf-8")
-
-    def __call__(self, tick: int, kind: str, values: tuple[Any, ...]) -> None:
-        if self.error is not None:
-            return
-        record = {"tick": tick, "event": kind, **dict(zip(KINDS[kind], values, strict=True))}
-        try:
-            self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        except OSError as error:
-            self.error = f"recording to {self.path} stopped: {error}"
-
-    def close(self) -> None:
-        self._file.close()

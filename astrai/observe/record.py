@@ -74,8 +74,33 @@ class Recording:
             part += 1
             path = part_path(first, part)
 
+    def require_whole(self, what: str) -> None:
+        """Raise ValueError if the recording does not begin where its engine began."""
+        header = self.header
+        if not header.whole:
+            raise ValueError(
+                f"{self.path} is part {header.part} of a recording and begins after tick "
+                f"{header.after_tick}: {what} needs it from its first part on"
+            )
+
+    def _snapshot(self) -> Event:
+        header, scheduler = self.header, self.header.scheduler
+        config = {
+            "n_pages": header.n_pages,
+            "page_size": header.page_size,
+            "max_slots": scheduler.max_slots,
+            "prefill_budget": scheduler.prefill_budget,
+            "group_decode": scheduler.group_decode,
+            "batching": scheduler.batching,
+        }
+        return Event(header.after_tick, "snapshot", (0.0, config, [], [], None))
+
     def events(self) -> Iterator[Event]:
-        """What the readers of a running engine see, without what the recorder adds."""
+        """What the readers of a running engine see, without what the recorder adds.
+
+        The first is a snapshot: of the empty engine, if the recording is whole.
+        """
+        yield self._snapshot()
         for step in self.steps():
             for event in (*step.before, *step.events):
                 if event.kind not in ADDED:

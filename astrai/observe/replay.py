@@ -1,11 +1,10 @@
-"""Runs a recording through the real scheduler and books, and asks another configuration of it."""
+"""Runs a recording through the real scheduler and books, and compares every decision."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from astrai.inference.cache.books import Books
@@ -48,6 +47,8 @@ class Replayed:
     n_tasks: int
     difference: Difference | None
     page_tables: dict[int, list[int]]  # of the tasks that still run at the end
+    n_preemptions: int
+    waits: dict[str, int]  # reason → ticks in which the head of the queue waited for it
 
 
 class _Ending(NamedTuple):
@@ -213,12 +214,8 @@ def replay(recording: Recording, check_every: int = 256) -> Replayed:
     The books are checked whole every `check_every` ticks and at the end. Raises ValueError if the
     recording does not begin where its engine began.
     """
+    recording.require_whole("replay")
     header = recording.header
-    if not header.whole:
-        raise ValueError(
-            f"{header.path} is part {header.part} of a recording, from tick {header.after_tick + 1}"
-            " on: replay needs it from its first part on (view and trace do not)"
-        )
     replayer = Replayer(header)
     n_ticks = n_events = 0
     difference = None
@@ -237,7 +234,15 @@ def replay(recording: Recording, check_every: int = 256) -> Replayed:
     if difference is None:
         replayer.scheduler.check()
     tables = {task.id: task.page_table for task in replayer.scheduler.running.values()}
-    return Replayed(n_ticks, n_events, replayer.n_tasks, difference, tables)
+    return Replayed(
+        n_ticks,
+        n_events,
+        replayer.n_tasks,
+        difference,
+        tables,
+        replayer.scheduler.n_preemptions,
+        dict(replayer.scheduler.wait_ticks),
+    )
 
 
 def first_difference(
@@ -263,7 +268,3 @@ def first_difference(
 def _decided(header: Header, event: Event) -> list[Any]:
     names = header.kinds[event.kind]
     return [v for name, v in zip(names, event.values) if name not in TIMES]
-
-
-def replay_file(path: Path) -> Replayed:
-    return replay(Recording(path))

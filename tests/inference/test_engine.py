@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import json
 import threading
 import time
-from pathlib import Path
 
 from astrai.inference.engine import Engine, Message
-from astrai.inference.events import KINDS, EventLog, JsonlWriter
 from astrai.inference.task import Plan
 from tests.mocks import Bench, MockLaunch, make_task, oracle
 
@@ -108,55 +105,3 @@ def test_a_task_that_cannot_fit_is_answered_by_the_loop_too() -> None:
     while not engine.idle:
         engine.step()
     assert bench.ends == {0: "error", 1: "length"} and refused == ["r0"]
-
-
-def test_events_are_written_as_one_json_object_a_line(tmp_path: Path) -> None:
-    bench = Bench(10, max_slots=3)
-    writer = JsonlWriter(tmp_path / "run.jsonl")
-    bench.events.attach(writer)
-    engine = Engine(bench.scheduler, bench.runner, bench.deliver)
-    tasks = [make_task(i, range(10 + i), 16) for i in range(4)]
-    tasks[0].siblings = [make_task(9, range(10), 9, seed=1, index=1)]
-    engine.post(Message(add=tasks))
-    while not engine.idle:
-        engine.step()
-    writer.close()
-    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
-    for record in records:
-        assert tuple(record) == ("tick", "event", *KINDS[record["event"]])
-    seen = {record["event"] for record in records}
-    assert {"arrive", "admit", "take", "prefill", "decode", "tick", "first_token"} <= seen
-    assert {"end", "return", "wait", "fork", "copy", "share", "index", "preempt"} <= seen
-    for record in records:
-        if record["event"] == "tick":
-            assert record["free"] + record["cached"] + record["held"] == 10
-    assert held_at_the_end(records) == {}
-
-
-def held_at_the_end(records: list[dict[str, object]]) -> dict[object, list[object]]:
-    """Page tables rebuilt from the events alone."""
-    tables: dict[object, list[object]] = {}
-    for record in records:
-        if record["event"] in ("take", "share"):
-            tables.setdefault(record["task"], []).extend(record["frames"])  # type: ignore[call-overload]
-        elif record["event"] == "return":
-            assert tables.pop(record["task"]) == record["frames"][::-1]  # type: ignore[index]
-    return tables
-
-
-def test_a_full_disk_ends_the_recording_only(tmp_path: Path) -> None:
-    writer = JsonlWriter(tmp_path / "run.jsonl")
-
-    def full(text: str) -> int:
-        raise OSError(28, "No space left on device")
-
-    writer._file.write = full  # type: ignore[method-assign]
-    writer(1, "refuse", ("r1", "why"))
-    assert writer.error is not None and "No space left" in writer.error
-    writer(2, "refuse", ("r2", "why"))
-    log = EventLog()
-    assert not log
-    log.attach(writer)
-    assert log
-    log.detach(writer)
-    assert not log
