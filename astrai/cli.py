@@ -84,6 +84,20 @@ class GroupDecodeFlag(StrEnum):
     off = "off"
 
 
+class ToolParserFlag(StrEnum):
+    auto = "auto"
+    none = "none"
+    hermes = "hermes"
+    llama3 = "llama3"
+    generic = "generic"
+
+
+class ReasoningParserFlag(StrEnum):
+    auto = "auto"
+    none = "none"
+    think = "think"
+
+
 _DEFAULT_GROUPS = GroupDecodeFlag(_DEFAULT.group_decode)
 
 
@@ -130,12 +144,27 @@ def engine_config(
     max_waiting: Annotated[
         int, typer.Option(help="Requests in the queue past which a new one is refused.")
     ] = _DEFAULT.max_waiting,
+    max_waiting_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens in the queue past which a new request is refused.")
+    ] = _DEFAULT.max_waiting_tokens,
+    stall_seconds: Annotated[
+        float, typer.Option(help="A tick that takes longer is reported, with the engine's state.")
+    ] = _DEFAULT.stall_seconds,
     seed: Annotated[
         int, typer.Option(help="Seed of the requests that bring none.")
     ] = _DEFAULT.seed,
     record: Annotated[
-        str | None, typer.Option(help="Write every event to this JSONL file.")
+        str | None, typer.Option(help="Write every decision to this JSONL file, for replay.")
     ] = _DEFAULT.record,
+    record_mib: Annotated[
+        int, typer.Option(help="Size at which a recording goes on in the next file.")
+    ] = _DEFAULT.record_mib,
+    record_files: Annotated[
+        int, typer.Option(help="Files of a recording kept; past it the oldest is deleted.")
+    ] = _DEFAULT.record_files,
+    record_prompts: Annotated[
+        bool, typer.Option(help="Record the token ids of prompts and answers too.")
+    ] = _DEFAULT.record_prompts,
 ) -> EngineConfig:
     flags = dict(locals())
     flags["group_decode"] = group_decode.value
@@ -228,14 +257,28 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(help="Time for open answers to end at shutdown.", min=0)
     ] = 30,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds a request may take that does not say itself.", min=0.001),
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run the engine in the server's own process.")
+    ] = False,
     access_log: Annotated[bool, typer.Option(help="Log every request.")] = False,
+    tool_parser: Annotated[
+        ToolParserFlag, typer.Option(help="How the model writes tool calls; auto: by its template.")
+    ] = ToolParserFlag.auto,
+    reasoning_parser: Annotated[
+        ReasoningParserFlag,
+        typer.Option(help="Whether <think>…</think> is split off; auto: by the chat template."),
+    ] = ReasoningParserFlag.auto,
 ) -> None:
     """Serve the model over HTTP with OpenAI's API."""
     try:
         from astrai.server import run as server
     except ImportError as error:
         raise CliError(f"{error}: install it with pip install 'astrai[serve]'") from None
-    server.serve(
+    code = server.serve(
         config,
         host=host,
         port=port,
@@ -243,7 +286,13 @@ def serve(
         max_body_bytes=max_body_mib << 20,
         drain_seconds=drain_seconds,
         access_log=access_log,
+        tool_parser=tool_parser.value,
+        reasoning_parser=reasoning_parser.value,
+        request_timeout=request_timeout,
+        in_process=in_process,
     )
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -295,6 +344,169 @@ def pull(
     print(resolve(name))
 
 
+class ScenePart(StrEnum):
+    all = "all"
+    batching = "batching"
+    cache = "cache"
+
+
+class FilmQuality(StrEnum):
+    low = "low"
+    medium = "medium"
+    high = "high"
+    uhd = "4k"
+
+
+@app.command()
+def animate(
+    recording: Annotated[
+        Path | None, typer.Argument(help="From --record; without it a small run is made.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The film.")] = Path("astrai.mp4"),
+    scene: Annotated[ScenePart, typer.Option(help="Which of the two scenes.")] = ScenePart.all,
+    quality: Annotated[FilmQuality, typer.Option(help="480p to 2160p.")] = FilmQuality.medium,
+    gif: Annotated[bool, typer.Option("--gif", help="A GIF instead of an MP4.")] = False,
+    batching: Annotated[
+        Path | None,
+        typer.Option(help="Output of astrai bench batching --json: the ratio of the closing bars."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="What the small run runs.")
+    ] = _DEFAULT.model,
+) -> None:
+    """Draw a recording as a short film: continuous batching, and the paged KV cache."""
+    from astrai.observe.animate import render
+
+    render.animate(
+        recording,
+        output,
+        scene=scene.value,
+        quality=quality.value,
+        gif=gif,
+        batching=batching,
+        model=model,
+    )
+    print(output)
+
+
+class PolicyFlag(StrEnum):
+    continuous = "continuous"
+    static = "static"
+
+
+RecordingPath = Annotated[Path, typer.Argument(metavar="RUN.JSONL", help="A recording.")]
+
+
+@app.command()
+def replay(
+    recording: RecordingPath,
+    pages: Annotated[int | None, typer.Option(help="What if: page frames.", min=1)] = None,
+    page_size: Annotated[int | None, typer.Option(help="What if: tokens in a page.")] = None,
+    slots: Annotated[int | None, typer.Option(help="What if: slots.", min=1)] = None,
+    prefill_budget: Annotated[
+        int | None, typer.Option(help="What if: prompt tokens a tick.", min=1)
+    ] = None,
+    ageing_ticks: Annotated[int | None, typer.Option(help="What if: ageing.", min=1)] = None,
+    policy: Annotated[PolicyFlag | None, typer.Option(help="What if: batching.")] = None,
+    prefix_cache: Annotated[
+        bool | None, typer.Option(help="What if: pages of equal prompt starts shared or not.")
+    ] = None,
+    ignore_priority: Annotated[
+        bool, typer.Option("--ignore-priority", help="What if: first come, first served.")
+    ] = False,
+    view: Annotated[bool, typer.Option("--view", help="Open it in the live page.")] = False,
+    port: Annotated[int, typer.Option(help="Of the live page; 0: any.", min=0, max=65535)] = 0,
+) -> None:
+    """Run a recording through the scheduler again and compare every decision.
+
+    With a what-if option: simulate the recorded load under another configuration.
+    """
+    from astrai.observe import commands
+    from astrai.observe.whatif import Change
+
+    change = Change(
+        pages,
+        page_size,
+        slots,
+        prefill_budget,
+        ageing_ticks,
+        policy.value if policy else None,
+        prefix_cache,
+        ignore_priority,
+    )
+    if view:
+        _view(recording, port)
+    elif change != Change():
+        commands.what_if(recording, change)
+    elif code := commands.replay(recording):
+        raise typer.Exit(code)
+
+
+@app.command()
+def trace(
+    recording: RecordingPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace, as JSON.")] = Path(
+        "trace.json"
+    ),
+    ticks: Annotated[str, typer.Option(help="FIRST:LAST, of a long recording.")] = "",
+) -> None:
+    """Turn a recording into a trace for Perfetto or Chrome: phases, launches, slots, requests."""
+    from astrai.observe import commands
+
+    commands.trace(recording, output, ticks)
+
+
+@app.command()
+def simulate(
+    step_time: Annotated[
+        str,
+        typer.Option(
+            help="A recording to fit it to, or four numbers of seconds: base, a prompt token, a "
+            "decoding row, a page read.",
+        ),
+    ],
+    workload: Annotated[
+        Path | None, typer.Argument(metavar="WORKLOAD.JSONL", help="Without it: generated.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 64,
+    pages: Annotated[int, typer.Option(help="Page frames.", min=1)] = 4096,
+    page_size: Annotated[int, typer.Option(help="Tokens in a page.", min=1)] = 64,
+    prefill_budget: Annotated[int, typer.Option(help="Prompt tokens a tick.", min=1)] = 2048,
+    policy: Annotated[PolicyFlag, typer.Option(help="Batching.")] = PolicyFlag.continuous,
+    prefix_cache: Annotated[bool, typer.Option(help="Share equal prompt starts.")] = True,
+    overlap: Annotated[
+        bool, typer.Option(help="Plan a step while the one before runs, as on a GPU.")
+    ] = False,
+    requests: Annotated[int, typer.Option(help="Generated: how many.", min=1)] = 10_000,
+    rate: Annotated[float, typer.Option(help="Generated: a second; 0: all at once.", min=0)] = 10.0,
+    prompt: Annotated[int, typer.Option(help="Generated: median prompt tokens.", min=1)] = 200,
+    output: Annotated[int, typer.Option(help="Generated: median output tokens.", min=1)] = 100,
+    sigma: Annotated[float, typer.Option(help="Generated: spread of lengths.", min=0)] = 1.0,
+    shared: Annotated[
+        float, typer.Option(help="Generated: share with a shared beginning.", min=0, max=1)
+    ] = 0.0,
+    prefixes: Annotated[int, typer.Option(help="Generated: shared beginnings.", min=1)] = 10,
+    prefix_tokens: Annotated[int, typer.Option(help="Generated: tokens of one.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Generated: of the random lengths.")] = 0,
+    pools: Annotated[bool, typer.Option(help="Show what the books cost in larger pools.")] = True,
+) -> None:
+    """Plan capacity: the real scheduler under a virtual clock. The last line is JSON.
+
+    A line of the workload: {"at": seconds, "prompt": tokens, "output": tokens}, and where wanted
+    "prefix", "prefix_tokens", "priority", "n".
+    """
+    from astrai.observe import commands
+    from astrai.observe.simulate import Shape
+
+    shape = Shape(prompt, output, sigma, prefixes, prefix_tokens, shared)
+    load = commands.Load(workload, requests, rate, shape, seed)
+    static = policy is PolicyFlag.static
+    setting = commands.setting_of(
+        slots, pages, page_size, prefill_budget, static, prefix_cache, overlap
+    )
+    commands.simulate(load, setting, commands.step_time_of(step_time), pools=pools)
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,
@@ -317,6 +529,27 @@ def bench(
     code = importlib.import_module(f"astrai.bench.{name}").main(context.args)
     if isinstance(code, int) and code:
         raise typer.Exit(code)
+
+
+def _view(recording: Path, port: int) -> None:
+    """Serve the recording in the live page to this machine, until Ctrl-C."""
+    import socket
+
+    from astrai.observe.record import Recording
+
+    try:
+        import uvicorn
+
+        from astrai.server.playback import create_playback_app
+    except ImportError as error:
+        raise CliError(f"{error}: install it with pip install 'astrai[serve]'") from None
+    found = Recording(recording)
+    found.require_whole("the live page")
+    app = create_playback_app(found.events(), recording.name)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        print(f"http://127.0.0.1:{listener.getsockname()[1]}/live", flush=True)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server.run(sockets=[listener])
 
 
 def _params(fields: dict[str, Any]) -> SamplingParams:

@@ -138,20 +138,27 @@ class AsyncEngine:
     def start(self) -> None:
         self._link.start()
 
-    async def drain(self, seconds: float) -> None:
-        """Take no new requests; open ones have `seconds` to end, then they are told and ended."""
+    @property
+    def draining(self) -> bool:
+        """New requests are refused: the server is about to end."""
+        return self._draining
+
+    def stop_admitting(self) -> None:
+        """Refuse new requests from now on; open ones go on."""
         self._draining = True
+
+    async def end_all(self, why: str, seconds: float = 1.0) -> None:
+        """Tell every open stream why it ends, and give the loop `seconds` to let go of them."""
+        for box in set(self._mailboxes.values()):
+            box.fail(ShuttingDown(why))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        while self._requests and loop.time() < deadline:
+        while loop.time() < deadline and (self.n_open or self.stats().get("running")):
             await asyncio.sleep(0.02)
-        for box in set(self._mailboxes.values()):
-            text = f"the server stopped before the answer was complete, after {seconds:g} s"
-            box.fail(ShuttingDown(text))
 
     async def shutdown(self) -> None:
         """Stop the loop after its present tick; open streams end with an error."""
-        self._draining = True
+        self.stop_admitting()
         await asyncio.to_thread(self._link.stop)
 
     async def stream(

@@ -64,7 +64,8 @@ class Assembled(NamedTuple):
 class Link(Protocol):
     """A loop, and the way to it. `post`, `health` and the events may be used in any thread."""
 
-    events: EventLog
+    @property
+    def events(self) -> EventLog: ...
 
     def connect(self, deliver: Deliver) -> Front:
         """Wait until the model is loaded. `deliver(updates)` is called in a thread of the link.

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import importlib
 import json
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import uvicorn
 
 import astrai
 from astrai.config import EngineConfig
 from astrai.inference.async_engine import AsyncEngine
-from astrai.server.app import create_app
+
+EXIT_ENGINE_LOST = 70
+_LAST_BYTES_SECONDS = 2  # for connections whose client does not take the end of its answer
+_DEAD_SECONDS = 60  # a client that takes nothing, not even a probe, for so long is gone
 
 
 def serve(
@@ -26,52 +32,132 @@ def serve(
     max_body_bytes: int,
     drain_seconds: int,
     access_log: bool,
-) -> None:
+    tool_parser: str,
+    reasoning_parser: str,
+    request_timeout: float | None,
+    in_process: bool,
+) -> int:
     """Answer until SIGINT or SIGTERM, then let open answers end for `drain_seconds`.
 
-    Raises OSError, naming host and port, before the model is loaded if the port is not free.
+    The engine has a process of its own unless `in_process`. Returns the exit code: 0 after a
+    drain, 1 if a second signal cut it short, EXIT_ENGINE_LOST if the engine could not be kept
+    alive. Raises OSError, naming host and port, before the model is loaded if the port is not
+    free.
     """
     started = time.perf_counter()
     with _bind(host, port) as listener:
         port = listener.getsockname()[1]
         print(f"AstrAI {astrai.__version__}: loading {config.model}", flush=True)
-        engine = AsyncEngine(config)
+        engine = _engine(config, in_process)
+        from astrai.server.app import create_app
+
         served = tuple(names) or tuple(dict.fromkeys((engine.model_name, config.model)))
-        app = create_app(engine, served_names=served, max_body_bytes=max_body_bytes)
+        app = create_app(
+            engine,
+            served_names=served,
+            max_body_bytes=max_body_bytes,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+            request_timeout=request_timeout,
+        )
 
         def ready() -> None:
             seconds = time.perf_counter() - started
             print("\n".join(_ready_lines(engine, served[0], host, port, seconds)), flush=True)
 
-        server = _Server(
-            uvicorn.Config(
-                app,
-                log_level="info" if access_log else "warning",
-                access_log=access_log,
-                timeout_keep_alive=60,
-                timeout_graceful_shutdown=drain_seconds,
-            ),
-            ready,
+        options = uvicorn.Config(
+            app,
+            log_level="info" if access_log else "warning",
+            access_log=access_log,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
         )
+        server = Server(options, engine, ready, drain_seconds)
         try:
             server.run(sockets=[listener])
-        except KeyboardInterrupt:  # the signal that ended it, raised again after a clean end
-            print("stopped", file=sys.stderr)
         except OSError as error:
             raise _taken(error, host, port) from None
+    print(server.account(), file=sys.stderr, flush=True)
+    return server.exit_code
 
 
-class _Server(uvicorn.Server):
-    """Says when it is ready: not before a request sent at that moment would be answered."""
+def _engine(config: EngineConfig, in_process: bool) -> AsyncEngine:
+    if in_process:
+        return AsyncEngine(config)
+    from astrai.server.engine_process import ProcessLink
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    link = ProcessLink(config)
+    # The child imports and loads meanwhile.
+    importlib.import_module("astrai.server.app")
+    return AsyncEngine(link=link)
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, and drains.
+
+    At the first signal no request is admitted any more, and open ones have `drain_seconds` to end;
+    connections are still taken, so that who comes is told. At the second, or after that time, what
+    is open is told and ended. The same when the engine is lost for good.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        engine: AsyncEngine,
+        ready: Callable[[], None],
+        drain_seconds: float,
+    ) -> None:
         super().__init__(config)
+        self.exit_code = 0
+        self._engine = engine
         self._ready = ready
+        self._drain_seconds = drain_seconds
+        self._n_signals = 0
+        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        if self.started:
+        if self.started:  # not before a request sent at that moment would be answered
             self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._n_signals += 1
+        self._engine.stop_admitting()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._engine.ended is not None and not self.exit_code:
+            print(f"astrai: error: {self._engine.ended}", file=sys.stderr, flush=True)
+            self.exit_code = EXIT_ENGINE_LOST
+            self._engine.stop_admitting()
+        if self._draining is None and (self._n_signals or self.exit_code):
+            self._draining = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + self._drain_seconds
+        while self._engine.n_open and time.monotonic() < deadline and self._n_signals < 2:
+            await asyncio.sleep(0.02)
+        if self._engine.n_open and self._n_signals > 1:
+            self.exit_code = self.exit_code or 1
+        await self._engine.end_all("the server stopped before the answer was complete")
+        self.should_exit = True
+
+    def account(self) -> str:
+        """What became of all requests, and of the pages."""
+        counts, numbers = self._engine.counts, self._engine.healthy().numbers
+        n_served = counts["stop"] + counts["length"]
+        parts = [f"served {n_served} requests", f"{counts['error']} errors"]
+        for name, text in (
+            ("abort", "aborted"),
+            ("DeadlineExceeded", "over their deadline"),
+            ("SlowReader", "not read"),
+            ("ShuttingDown", "cut at the end"),
+        ):
+            if counts[name]:
+                parts.append(f"{counts[name]} {text}")
+        free = numbers.get("pages_free", 0) + numbers.get("pages_cached", 0)
+        parts.append(f"pages {free:.0f} free of {numbers.get('pages_total', 0):.0f}")
+        return ", ".join(parts)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -86,11 +172,29 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         if sys.platform != "win32":  # there it would share the port instead of reusing it
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _probe(listener)
         listener.bind(address)
     except OSError as error:
         listener.close()
         raise _taken(error, host, port) from None
     return listener
+
+
+def _probe(listener: socket.socket) -> None:
+    """Have the system end connections whose other end is gone or takes nothing.
+
+    Without it a client that vanished, or stopped reading, would keep its connection for ever.
+    Accepted sockets inherit these options.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", _DEAD_SECONDS // 2),
+        ("TCP_KEEPINTVL", _DEAD_SECONDS // 6),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", _DEAD_SECONDS * 1000),
+    ):
+        if (option := getattr(socket, name, None)) is not None:
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _taken(error: OSError, host: str, port: int) -> OSError:
@@ -115,7 +219,7 @@ def _ready_lines(engine: AsyncEngine, name: str, host: str, port: int, seconds: 
         f"ready in {seconds:.1f} s: {url}/v1",
         "",
         "Try:",
-        *_curl(url, name, engine.tokenizer.has_chat_template),
+        *_curl(url, name, engine.tokenizer.chat_template is not None),
         "",
     ]
 

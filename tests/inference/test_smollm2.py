@@ -12,7 +12,8 @@ import torch
 
 from astrai import LLM, AsyncEngine, EngineConfig, SamplingParams
 from astrai.bench._common import text_prompt
-from astrai.inference.intake import PromptTooLong, QueueFull
+from astrai.inference.admission import QueueFull
+from astrai.inference.intake import PromptTooLong
 
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
 
