@@ -79,7 +79,8 @@ class ChatFormat:
         self._tokenizer = tokenizer
         template = tokenizer.chat_template
         self._style = style_of(template, tool_parser)
-        self._thinks = reasoning.thinks(template, reasoning_parser)
+        self.thinks = reasoning.thinks(template, reasoning_parser)
+        self.switches_thinking = "enable_thinking" in (template or "")
         self._knows_tools = bool(re.search(r"\btools\b", template or ""))
 
     def prompt(self, asked: Conversation, content: StructuredOutput | None = None) -> ChatPrompt:
@@ -143,7 +144,7 @@ class ChatFormat:
 
     def _thought(self, asked: Conversation, text: str) -> Thought | None:
         """Whether the answer goes on with a thought, or may begin with one."""
-        if not self._thinks:
+        if not self.thinks:
             return None
         if asked.continue_final_message and asked.messages:
             said = asked.messages[-1].get("content") or ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from fastapi import Request
@@ -14,9 +14,13 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from astrai.inference.intake import PromptTooLong, QueueFull
+from astrai.inference.admission import DeadlineExceeded, QueueFull, Refused, SlowReader
+from astrai.inference.intake import PromptTooLong
+from astrai.server.chat import ChatFormat
 from astrai.server.errors import ApiError
 from astrai.server.fields import blame, parse_json
+from astrai.server.guard import check_body, namespace_of
+from astrai.server.requests import OPENED, OpenRequest, RequestBook, chosen_id
 from astrai.server.streaming import EventStream, merge, unless_gone
 
 if TYPE_CHECKING:
@@ -29,6 +33,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_MAX_TIMEOUT = 7 * 86_400  # seconds
+# Prompts of one request.
+MAX_PROMPTS = 2048
 # Shorter texts encode in less time than a hop to another thread and back takes to matter.
 _LONG_TEXT = 8192
 
@@ -40,17 +47,25 @@ class Call(NamedTuple):
     model: str | None
     priority: int
     stream: bool
-    include_usage: bool
+    include_usage: bool = False
+    cache_salt: str | None = None
+    request_id: str | None = None
+    timeout: float | None = None  # seconds
 
 
 class Reply(Protocol):
-    """One response in the making: the deltas of choice `index` in, a body or events out."""
+    """One response in the making: the deltas of choice `index` in, a body out."""
 
     id: str
+    model: str
 
     def add(self, index: int, delta: StreamDelta) -> None: ...
 
     def whole(self) -> dict[str, Any]: ...
+
+
+class StreamReply(Reply, Protocol):
+    """One that can go out as events instead."""
 
     def events(self, index: int, delta: StreamDelta) -> Iterable[bytes]:
         """The events that say what `delta` brought: none if it brought nothing that shows."""
@@ -63,12 +78,22 @@ class Reply(Protocol):
 
 
 class Edge:
-    """Owns nothing but names and limits: the engine does the work and keeps the state."""
+    """Owns names, limits and the book of requests: the engine does the work."""
 
-    def __init__(self, engine: AsyncEngine, names: tuple[str, ...], max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        names: tuple[str, ...],
+        max_body_bytes: int,
+        chat_format: ChatFormat,
+        request_timeout: float | None = None,
+    ) -> None:
         self.engine = engine
+        self.request_timeout = request_timeout  # seconds, of requests that do not say themselves
+        self.chat_format = chat_format
         self.names = names
         self.max_body_bytes = max_body_bytes
+        self.requests = RequestBook()
 
     # ── what comes in ───────────────────────────────────────────────────────────────────────────
 
@@ -82,7 +107,10 @@ class Edge:
             body += chunk
             if len(body) > self.max_body_bytes:
                 raise self._too_large(len(body))
-        return parse_json(bytes(body))
+        raw = bytes(body)
+        parsed = parse_json(raw)
+        check_body(raw, parsed)
+        return parsed
 
     def _too_large(self, size: int) -> ApiError:
         return ApiError(
@@ -108,46 +136,123 @@ class Edge:
     # ── what goes out ───────────────────────────────────────────────────────────────────────────
 
     async def answer(
-        self, request: Request, reply: Reply, call: Call, prompts: list[list[int]], param: str
+        self, request: Request, reply: StreamReply, call: Call, prompts: list[list[int]], param: str
     ) -> Response:
         """Run `prompts` and send what `reply` makes of their deltas, whole or as events.
 
         `param` is the field to blame for a prompt that does not fit.
         """
-        headers = {"x-request-id": reply.id}
+        if not call.stream:
+            return await self.answer_whole(request, reply, call, prompts, param)
+        opened = self._enter(request, reply, call, prompts, param)
+        with self._ended_by_error(opened, param):
+            source = self._deltas(opened, call, prompts)
+            first = await _first(request, source)
+            headers = {"x-request-id": opened.id}
+            return EventStream(_events(reply, first, source), source, headers)
+
+    async def answer_whole(
+        self, request: Request, reply: Reply, call: Call, prompts: list[list[int]], param: str
+    ) -> Response:
+        opened = self._enter(request, reply, call, prompts, param)
+        with self._ended_by_error(opened, param):
+            async with aclosing(self._deltas(opened, call, prompts)) as source:
+                await unless_gone(request.receive, _collect(reply, source))
+            return JSONResponse(reply.whole(), headers={"x-request-id": opened.id})
+
+    @contextmanager
+    def _ended_by_error(self, opened: OpenRequest, param: str) -> Iterator[None]:
+        """What goes wrong before the first byte of an answer is an HTTP error, and in the book."""
         try:
-            source = self._open(reply.id, call, prompts)
-            if call.stream:
-                first = await _first(request, source)
-                return EventStream(_events(reply, call, first, source), source, headers)
-            async with aclosing(source):
-                await unless_gone(request.receive, _collect(reply, call, source))
-            return JSONResponse(reply.whole(), headers=headers)
-        except (ApiError, ClientDisconnect):
-            raise
-        except Exception as error:
+            yield
+        except BaseException as error:
+            self.requests.close(opened, _reason(error))
+            if isinstance(error, (ApiError, ClientDisconnect)) or not isinstance(error, Exception):
+                raise
             raise api_error(error, param) from None
 
-    def _open(self, id: str, call: Call, prompts: list[list[int]]) -> Deltas:
-        """One stream per prompt, merged."""
-        names = [id] if len(prompts) == 1 else [f"{id}-{i}" for i in range(len(prompts))]
-        return merge(
+    def _enter(
+        self, request: Request, reply: Reply, call: Call, prompts: list[list[int]], param: str
+    ) -> OpenRequest:
+        """Put it in the book; the reply takes the id it has there."""
+        if len(prompts) > MAX_PROMPTS:
+            raise ApiError(f"{len(prompts)} prompts, expected at most {MAX_PROMPTS}", param=param)
+        header = ("x-request-id", request.headers.get("x-request-id"))
+        opened = OpenRequest(
+            id=chosen_id(header, ("request_id", call.request_id)) or reply.id,
+            route=request.url.path,
+            model=reply.model,
+            owner=namespace_of(request),
+            namespace=namespace_of(request, call.cache_salt),
+            n_prompts=len(prompts),
+            n_choices=len(prompts) * call.params.n,
+            timeout=self._timeout(request, call),
+        )
+        self.requests.open(opened)
+        request.scope[OPENED] = opened
+        reply.id = opened.id
+        return opened
+
+    def _timeout(self, request: Request, call: Call) -> float | None:
+        """The least of what header and body ask for; without either the server's own."""
+        asked = [("timeout", call.timeout)]
+        if (header := request.headers.get("x-request-timeout")) is not None:
+            try:
+                asked.append(("x-request-timeout", float(header)))
+            except ValueError:
+                message = f"x-request-timeout = {header!r}, expected seconds"
+                raise ApiError(message, param="x-request-timeout") from None
+        given = [seconds for _, seconds in asked if seconds is not None]
+        for name, seconds in asked:
+            if seconds is not None and not 0 < seconds <= _MAX_TIMEOUT:
+                message = f"{name} = {seconds:g}, expected seconds in (0, {_MAX_TIMEOUT}]"
+                raise ApiError(message, param=name)
+        return min(given) if given else self.request_timeout
+
+    async def _deltas(self, opened: OpenRequest, call: Call, prompts: list[list[int]]) -> Deltas:
+        """One stream per prompt, merged, each delta with the number of its choice; all noted."""
+        source = merge(
             [
-                self.engine.stream(ids, call.params, request_id=name, priority=call.priority)
-                for name, ids in zip(names, prompts)
+                self.engine.stream(
+                    ids,
+                    call.params,
+                    request_id=name,
+                    namespace=opened.namespace,
+                    priority=call.priority,
+                    timeout=opened.timeout,
+                )
+                for name, ids in zip(opened.engine_ids, prompts)
             ]
         )
+        why: str | None = None
+        try:
+            async with aclosing(source):
+                async for i, delta in source:
+                    index = i * call.params.n + delta.index
+                    opened.note(index, delta)
+                    _raise_if_failed(delta, opened)
+                    yield index, delta
+        except BaseException as error:
+            why = _reason(error)
+            raise
+        finally:
+            self.requests.close(opened, why)
+
+
+def _reason(error: BaseException) -> str | None:
+    """What the book says of how a request ended; a client that leaves closes the generator."""
+    if isinstance(error, (GeneratorExit, ClientDisconnect, asyncio.CancelledError)):
+        return "the client left"
+    return str(error) or type(error).__name__
 
 
 async def _first(request: Request, source: Deltas) -> tuple[int, StreamDelta]:
     """What comes first, so that an error before any token is still an HTTP status."""
     try:
-        first = await unless_gone(request.receive, _next(source))
-        _raise_if_failed(first[1])
+        return await unless_gone(request.receive, _next(source))
     except BaseException:
         await source.aclose()
         raise
-    return first
 
 
 async def _next(source: Deltas) -> tuple[int, StreamDelta]:
@@ -156,23 +261,20 @@ async def _next(source: Deltas) -> tuple[int, StreamDelta]:
     raise RuntimeError("the engine's stream ended before its first delta")
 
 
-async def _collect(reply: Reply, call: Call, source: Deltas) -> None:
-    async for i, delta in source:
-        _raise_if_failed(delta)
-        reply.add(i * call.params.n + delta.index, delta)
+async def _collect(reply: Reply, source: Deltas) -> None:
+    async for index, delta in source:
+        reply.add(index, delta)
 
 
 async def _events(
-    reply: Reply, call: Call, first: tuple[int, StreamDelta], source: Deltas
+    reply: StreamReply, first: tuple[int, StreamDelta], source: Deltas
 ) -> AsyncGenerator[bytes, None]:
     """The reply as events; an error after the first is an event too, and the last one."""
     try:
-        i, delta = first
-        for event in reply.events(i * call.params.n + delta.index, delta):
+        for event in reply.events(*first):
             yield event
-        async for i, delta in source:
-            _raise_if_failed(delta)
-            for event in reply.events(i * call.params.n + delta.index, delta):
+        async for index, delta in source:
+            for event in reply.events(index, delta):
                 yield event
         for event in reply.end():
             yield event
@@ -181,9 +283,12 @@ async def _events(
             yield event
 
 
-def _raise_if_failed(delta: StreamDelta) -> None:
+def _raise_if_failed(delta: StreamDelta, opened: OpenRequest) -> None:
     if delta.finish_reason == "error":
         raise ApiError(delta.error or "the engine failed", status=500)
+    if delta.finish_reason == "abort" and opened.aborted:
+        # Not a status that clients try again on.
+        raise ApiError(f"aborted by DELETE /v1/requests/{opened.id}", status=499, code="aborted")
     if delta.finish_reason == "abort":
         raise ApiError(delta.error or "the request was aborted", status=503)
 
@@ -192,10 +297,23 @@ def api_error(error: Exception, param: str | None) -> ApiError:
     """What the engine refused, or failed at, as the HTTP error that it is."""
     if isinstance(error, PromptTooLong):
         return ApiError(str(error), param=param, code="context_length_exceeded")
-    if isinstance(error, QueueFull):
-        return ApiError(str(error), status=503, code="queue_full")
+    if isinstance(error, Refused):
+        full = isinstance(error, QueueFull)
+        return ApiError(
+            str(error),
+            status=429 if full else 503,
+            code="queue_full" if full else "shutting_down",
+            retry_after=error.retry_after,
+        )
+    if isinstance(error, DeadlineExceeded):
+        return ApiError(str(error), status=504, code="deadline_exceeded")
+    if isinstance(error, SlowReader):
+        return ApiError(str(error), status=503, code="slow_reader")
     if isinstance(error, ValueError):
-        return blame(error)
+        refusal = blame(error)
+        if refusal.param == "prompt" and param is not None:
+            refusal.param = param
+        return refusal
     logger.error("the engine failed", exc_info=error)
     return ApiError(f"internal error: {type(error).__name__}: {error}", status=500)
 

@@ -129,9 +129,9 @@ def validate(model: type[M], fields: dict[str, Any]) -> M:
 
 
 def _where(loc: tuple[int | str, ...]) -> str:
-    """`messages[0].content` of a location; only these two fields have parts with names."""
+    """`messages[0].content` of a location; only these fields have parts with names."""
     path = str(loc[0])
-    if path not in ("messages", "stream_options"):
+    if path not in ("messages", "stream_options", "tools"):
         return path
     for step in loc[1:]:
         path += f"[{step}]" if isinstance(step, int) else f".{step}"

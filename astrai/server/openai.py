@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from astrai.inference.sampling_params import SamplingParams
+from astrai.server.chat import Conversation
 from astrai.server.edge import Call
 from astrai.server.errors import ApiError
 from astrai.server.fields import Body, blame, screen, validate
+from astrai.server.messages import (
+    Messages,
+    ToolChoice,
+    Tools,
+    conversation,
+    screened,
+    toolset,
+)
+from astrai.server.structured import StructuredFields, structured_of
 
 # Accepted without effect: they describe the caller or his bookkeeping, never the answer.
 HARMLESS = frozenset(
@@ -27,7 +37,6 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "prediction",
-        "parallel_tool_calls",
     }
 )
 
@@ -35,23 +44,15 @@ HARMLESS = frozenset(
 _REFUSED_BOTH: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "allowed_token_ids": (),
     "truncate_prompt_tokens": (),
-    "cache_salt": (),
     "prompt_embeds": (),
     "return_token_ids": (False,),
-    "echo": (False,),
-    "response_format": ({"type": "text"},),
 }
 REFUSED_CHAT: dict[str, tuple[Any, ...]] = {
     **_REFUSED_BOTH,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "audio": (),
@@ -60,7 +61,6 @@ REFUSED_CHAT: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "moderation": (),
-    "continue_final_message": (False,),
     "chat_template": (),
     "documents": ([],),
 }
@@ -69,21 +69,20 @@ REFUSED_COMPLETION: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
 }
-_REFUSED_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "audio": (),
-    "refusal": ("",),
-    "reasoning_content": ("",),
-    "annotations": ([],),
-}
 _HARMLESS_STREAM_OPTIONS = frozenset({"include_obfuscation"})
 _REFUSED_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"continuous_usage_stats": (False,)}
 
 # Keyword arguments of the template call that belong to the request's own fields.
 _RESERVED_TEMPLATE_KWARGS = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "tokenize", "chat_template"}
+    {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "chat_template",
+    }
 )
 
 
@@ -91,13 +90,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
-    name: str | None = None
-
-
-class _Request(Body):
+class _Request(StructuredFields, Body):
     """The implemented fields of both routes; the sampling fields carry `SamplingParams`' names."""
 
     model: str | None = None
@@ -121,22 +114,30 @@ class _Request(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: int | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    request_id: str | None = None
+    timeout: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
 
 class ChatRequest(_Request):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(_Request):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
+    echo: bool | None = None
     add_special_tokens: bool | None = None
 
 
@@ -158,9 +159,8 @@ def _screen(
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
     fields = _screen(body, ChatRequest, REFUSED_CHAT)
-    messages = fields.get("messages")
-    if isinstance(messages, list):
-        fields["messages"] = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    if "messages" in fields:
+        fields["messages"] = screened(fields["messages"])
     request = validate(ChatRequest, fields)
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -198,18 +198,20 @@ def chat_call(request: ChatRequest) -> Call:
 
 def completion_call(request: CompletionRequest) -> Call:
     limit = 16 if request.max_tokens is None else request.max_tokens
-    return _call(request, max_tokens=limit, logprobs=request.logprobs)
+    call = _call(request, max_tokens=limit, logprobs=request.logprobs, echo=bool(request.echo))
+    if limit == 0 and not request.echo and request.prompt_logprobs is None:
+        raise ApiError("max_tokens = 0, expected >= 1 without echo", param="max_tokens")
+    return call
 
 
-def template_messages(request: ChatRequest) -> list[dict[str, str]]:
-    """Messages as chat templates know them: `developer` is their `system`."""
-    return [
-        {
-            **message.model_dump(exclude_none=True),
-            "role": "system" if message.role == "developer" else message.role,
-        }
-        for message in request.messages
-    ]
+def chat_conversation(request: ChatRequest) -> Conversation:
+    return conversation(
+        request.messages,
+        toolset=toolset(request.tools, request.tool_choice, request.parallel_tool_calls),
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        template_kwargs=request.chat_template_kwargs or {},
+    )
 
 
 _SAMPLING_FIELDS = (
@@ -233,15 +235,21 @@ _SAMPLING_FIELDS = (
 )
 
 
-def _call(request: _Request, *, max_tokens: int | None, logprobs: int | None) -> Call:
+def _call(
+    request: _Request, *, max_tokens: int | None, logprobs: int | None, echo: bool = False
+) -> Call:
     if request.stream_options is not None and not request.stream:
         raise ApiError("stream_options needs stream: true", param="stream_options")
     given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     if request.logit_bias is not None:
         given["logit_bias"] = _logit_bias(request.logit_bias)
+    if echo and (logprobs is not None or max_tokens == 0):
+        given["prompt_logprobs"] = max(logprobs or 0, request.prompt_logprobs or 0)
     try:
-        params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+        params = SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, structured=structured_of(request), **given
+        )
     except ValueError as error:
         raise blame(error) from None
     return Call(
@@ -250,6 +258,9 @@ def _call(request: _Request, *, max_tokens: int | None, logprobs: int | None) ->
         priority=request.priority or 0,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        cache_salt=request.cache_salt,
+        request_id=request.request_id,
+        timeout=request.timeout,
     )
 
 
@@ -261,37 +272,3 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
         raise ApiError(
             f"logit_bias: {bad!r} is not a token id", param=f"logit_bias.{bad}"
         ) from None
-
-
-def _message(message: Any, at: str) -> Any:
-    """`message` with its content as one string; what it is not is left to the model to refuse."""
-    if not isinstance(message, dict):
-        return message
-    if message.get("role") in ("tool", "function"):
-        raise ApiError(
-            f"{at}.role: {message['role']!r} is not implemented",
-            param=f"{at}.role",
-            code="not_implemented",
-        )
-    fields = screen(message, Message, frozenset(), _REFUSED_MESSAGE, at=f"{at}.")
-    if isinstance(fields.get("content"), list):
-        parts = [_part(part, f"{at}.content[{i}]") for i, part in enumerate(fields["content"])]
-        fields["content"] = "".join(parts)
-    return fields
-
-
-def _part(part: Any, at: str) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise ApiError(f"{at} is not an object with a type", param=at)
-    if part["type"] != "text":
-        raise ApiError(
-            f"{at}.type: {part['type']!r} is not implemented",
-            param=f"{at}.type",
-            code="not_implemented",
-        )
-    for name in part.keys() - {"type", "text"}:
-        raise ApiError(f"unknown field {at}.{name}", param=f"{at}.{name}", code="unknown_field")
-    if not isinstance(part.get("text"), str):
-        raise ApiError(f"{at}.text is not a string", param=f"{at}.text")
-    text: str = part["text"]
-    return text

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from astrai.server import openai
+from astrai.server.chat import ChatFormat, ChatPrompt, Conversation, TemplateRefusal
 from astrai.server.edge import off_loop
 from astrai.server.errors import ApiError
+from astrai.server.fields import blame
+from astrai.server.replies import Echo
 
 if TYPE_CHECKING:
+    from astrai.inference.structured import StructuredOutput
     from astrai.models.tokenizer import Tokenizer
 
+Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
 
-async def chat_ids(tokenizer: Tokenizer, asked: openai.ChatRequest) -> list[int]:
+
+async def chat_prompt(
+    chat_format: ChatFormat, asked: Conversation, content: StructuredOutput | None = None
+) -> ChatPrompt:
     """ApiError 400 if the model has no chat template, or if it refuses the conversation."""
-    if not tokenizer.has_chat_template:
-        raise ApiError("the model has no chat template: use /v1/completions", param="messages")
-    messages = openai.template_messages(asked)
-    generation = True if asked.add_generation_prompt is None else asked.add_generation_prompt
-    kwargs = asked.chat_template_kwargs or {}
-
-    def render() -> list[int]:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **kwargs)
-
     try:
-        return await off_loop(sum(len(m["content"]) for m in messages), render)
-    except ValueError as error:
+        return await off_loop(asked.n_characters, lambda: chat_format.prompt(asked, content))
+    except TemplateRefusal as error:
         message = f"the chat template refuses these messages: {error}"
         raise ApiError(message, param="messages", code="chat_template_error") from None
+    except ValueError as error:
+        raise blame(error) from None
 
 
-async def prompt_ids(tokenizer: Tokenizer, asked: openai.CompletionRequest) -> list[list[int]]:
-    """One list per prompt: a text, token ids, or a list of either."""
-    special = True if asked.add_special_tokens is None else asked.add_special_tokens
-    prompt = asked.prompt
-    one = isinstance(prompt, str) or _is_ids(prompt)
-    items: Sequence[Any] = [prompt] if one else prompt
+async def encoded(
+    tokenizer: Tokenizer, prompt: Prompts, add_special_tokens: bool | None
+) -> list[list[int]]:
+    """One list per prompt; `add_special_tokens` None is what tokenizers do by themselves: yes."""
+    special = True if add_special_tokens is None else add_special_tokens
+    items = _items(prompt)
 
     def encode() -> list[list[int]]:
         return [
@@ -47,5 +47,19 @@ async def prompt_ids(tokenizer: Tokenizer, asked: openai.CompletionRequest) -> l
     return await off_loop(sum(len(i) for i in items if isinstance(i, str)), encode)
 
 
-def _is_ids(prompt: Sequence[Any]) -> TypeGuard[list[int]]:
-    return isinstance(prompt[0], int)
+def echoed(tokenizer: Tokenizer, asked: openai.CompletionRequest, prompts: list[list[int]]) -> Echo:
+    """The prompts as the request wrote them; token ids as the text they stand for."""
+    texts = [
+        item
+        if isinstance(item, str)
+        else b"".join(map(tokenizer.token_bytes, item)).decode("utf-8", errors="replace")
+        for item in _items(asked.prompt)
+    ]
+    return Echo(list(zip(texts, prompts)), asked.n or 1, asked.prompt_logprobs)
+
+
+def _items(prompt: Prompts) -> list[Any]:
+    """The prompts one by one, each a text or token ids."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return prompt

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from astrai.server.errors import ApiError
+from astrai.server.parts import Part, Reader, ReasoningPart, TextPart, ToolCallPart, joined
 from astrai.server.streaming import DONE, event
+from astrai.server.usage import UsageSum
 
 if TYPE_CHECKING:
     from astrai.inference.async_engine import StreamDelta
@@ -23,31 +25,6 @@ _MIN_LOGPROB = -9999.0
 
 
 @dataclass(slots=True)
-class UsageSum:
-    """Tokens of all choices of all prompts; a prompt counts once, however many choices it has."""
-
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-
-    def add(self, delta: StreamDelta) -> None:
-        if delta.usage is None:
-            return
-        self.completion += delta.usage.completion_tokens
-        if delta.index == 0:
-            self.prompt += delta.usage.prompt_tokens
-            self.cached += delta.usage.cached_tokens
-
-    def body(self) -> Json:
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
-
-
-@dataclass(slots=True)
 class _Choice:
     """What a choice has said so far; `offset` counts its characters for `text_offset`."""
 
@@ -56,7 +33,10 @@ class _Choice:
     prompt_logprobs: list[Json | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    reader: Reader | None = None
+    calls: bool = False
     offset: int = 0
+    echo: int | None = None  # the prompt whose scores are still to be listed
     decoder: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
@@ -91,11 +71,14 @@ class Reply:
         for index, choice in sorted(self._choices.items()):
             body = {
                 "index": index,
-                **self._content("".join(choice.texts)),
+                **self._content(choice, "".join(choice.texts)),
                 "logprobs": self._logprobs(choice, choice.logprobs),
             }
             choices.append(self._ended(body, choice))
-        return self._envelope(self.whole_object, choices) | {"usage": self.usage.body()}
+        return self._envelope(self.whole_object, choices) | {
+            "usage": self.usage.body(),
+            "timings": self.usage.timings(),
+        }
 
     def events(self, index: int, delta: StreamDelta) -> Iterator[bytes]:
         for chunk in self.chunks(index, delta):
@@ -115,9 +98,12 @@ class Reply:
 
     def last_chunk(self) -> Json:
         """The usage alone, for `stream_options.include_usage`."""
-        return self._envelope(self.chunk_object, []) | {"usage": self.usage.body()}
+        return self._envelope(self.chunk_object, []) | {
+            "usage": self.usage.body(),
+            "timings": self.usage.timings(),
+        }
 
-    def _content(self, text: str) -> Json:
+    def _content(self, choice: _Choice, text: str) -> Json:
         raise NotImplementedError
 
     def _logprobs(self, choice: _Choice, tokens: Iterable[TokenLogprob]) -> Json | None:
@@ -141,7 +127,11 @@ class Reply:
 
     def _chunk(self, choice: Json) -> Json:
         body = self._envelope(self.chunk_object, [choice])
-        return body | {"usage": None} if self._include_usage else body
+        if self._include_usage:
+            body["usage"] = None
+        elif choice["finish_reason"] is not None:
+            body["timings"] = self.usage.timings()  # of the choices that ended so far
+        return body
 
     def _envelope(self, object: str, choices: list[Json]) -> Json:
         return {
@@ -153,26 +143,47 @@ class Reply:
         }
 
     def _token(self, token: TokenLogprob) -> Json:
-        top = [self._ranked(id, logprob) for id, logprob in token.top]
-        return {**self._ranked(token.token, token.logprob), "top_logprobs": top}
+        return ranked(self._tokenizer, token)
 
-    def _ranked(self, id: int, logprob: float) -> Json:
-        raw = self._tokenizer.token_bytes(id)
-        return {
-            "token": raw.decode("utf-8", errors="replace"),
-            "logprob": max(logprob, _MIN_LOGPROB),
-            "bytes": list(raw),
-        }
+
+def ranked(tokenizer: Tokenizer, token: TokenLogprob) -> Json:
+    """A token's score as chats have it, with its alternatives."""
+    top = [_score(tokenizer, id, logprob) for id, logprob in token.top]
+    return {**_score(tokenizer, token.token, token.logprob), "top_logprobs": top}
+
+
+def _score(tokenizer: Tokenizer, id: int, logprob: float) -> Json:
+    raw = tokenizer.token_bytes(id)
+    return {
+        "token": raw.decode("utf-8", errors="replace"),
+        "logprob": max(logprob, _MIN_LOGPROB),
+        "bytes": list(raw),
+    }
 
 
 class ChatReply(Reply):
+    """`reader` makes what reads a choice's text into parts; without one, all of it is content."""
+
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        logprobs: int | None,
+        include_usage: bool,
+        reader: Callable[[], Reader] | None = None,
+    ) -> None:
+        super().__init__(id, model, tokenizer, logprobs, include_usage)
+        self._new_reader = reader
 
     def chunks(self, index: int, delta: StreamDelta) -> Iterator[Json]:
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = _Choice()
+            choice.reader = self._new_reader() if self._new_reader is not None else None
             self._note(choice, delta)
             first = self._piece(index, {"role": "assistant", "content": ""}, None)
             if choice.prompt_logprobs is not None:
@@ -180,20 +191,54 @@ class ChatReply(Reply):
             yield self._chunk(first)
         else:
             self._note(choice, delta)
-        if delta.text or delta.logprobs:
-            logprobs = self._logprobs(choice, delta.logprobs or ())
-            yield self._chunk(self._piece(index, {"content": delta.text}, logprobs))
+        logprobs = self._logprobs(choice, delta.logprobs or ())
+        for piece in self._pieces(choice, delta):
+            yield self._chunk(self._piece(index, piece, logprobs))
+            logprobs = self._logprobs(choice, ())
         if delta.finish_reason is not None:
             last = self._piece(index, {}, None)
-            last |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+            last |= {"finish_reason": self._reason(choice), "stop_reason": choice.stop_reason}
             yield self._chunk(last)
+
+    def _pieces(self, choice: _Choice, delta: StreamDelta) -> list[Json]:
+        """What `delta` adds to the message; tokens whose text is held back add an empty piece."""
+        if choice.reader is None:
+            return [{"content": delta.text}] if delta.text or delta.logprobs else []
+        parts = choice.reader.feed(delta.text) if delta.text else []
+        if delta.finish_reason is not None:
+            parts += choice.reader.close()
+        choice.calls |= any(isinstance(part, ToolCallPart) for part in parts)
+        return [_delta(part) for part in joined(parts)] or ([{}] if delta.logprobs else [])
 
     @staticmethod
     def _piece(index: int, delta: Json, logprobs: Json | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
-    def _content(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    @staticmethod
+    def _reason(choice: _Choice) -> str | None:
+        """A model that stops behind a call waits for its result; one cut short does not."""
+        called = choice.calls and choice.finish_reason == "stop"
+        return "tool_calls" if called else choice.finish_reason
+
+    def _ended(self, body: Json, choice: _Choice) -> Json:
+        return super()._ended(body, choice) | {"finish_reason": self._reason(choice)}
+
+    def _content(self, choice: _Choice, text: str) -> Json:
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if self._new_reader is None:
+            return {"message": message}
+        reader = self._new_reader()
+        parts = joined(reader.feed(text) + reader.close())
+        said = "".join(part.text for part in parts if isinstance(part, TextPart))
+        thought = "".join(part.text for part in parts if isinstance(part, ReasoningPart))
+        calls = [_called(part) for part in parts if isinstance(part, ToolCallPart)]
+        choice.calls = bool(calls)
+        message["content"] = said if said or not (thought or calls) else None
+        if thought:
+            message["reasoning_content"] = thought
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message}
 
     def _logprobs(self, choice: _Choice, tokens: Iterable[TokenLogprob]) -> Json | None:
         if self._top is None:
@@ -201,42 +246,128 @@ class ChatReply(Reply):
         return {"content": [self._token(token) for token in tokens], "refusal": None}
 
 
+def _called(call: ToolCallPart) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _delta(part: Part) -> Json:
+    match part:
+        case TextPart(text):
+            return {"content": text}
+        case ReasoningPart(text):
+            return {"reasoning_content": text}
+        case ToolCallPart(index, None, _, arguments):
+            return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+        case _:
+            return {"tool_calls": [{"index": part.index, **_called(part)}]}
+
+
+class Echo(NamedTuple):
+    """Puts prompts in front of their completions, and the scores of their tokens."""
+
+    prompts: Sequence[tuple[str, list[int]]]
+    n: int  # choices of each prompt
+    prompt_logprobs: int | None  # what the request asked for by that name
+
+
 class CompletionReply(Reply):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        logprobs: int | None,
+        include_usage: bool,
+        echo: Echo | None = None,
+    ) -> None:
+        super().__init__(id, model, tokenizer, logprobs, include_usage)
+        self._echo = echo
+        self._scored: dict[int, list[TokenLogprob]] = {}  # by prompt: its first choice brings them
+
+    def add(self, index: int, delta: StreamDelta) -> None:
+        self._begin(index, delta)
+        super().add(index, delta)
+
     def chunks(self, index: int, delta: StreamDelta) -> Iterator[Json]:
-        choice = self._choices.setdefault(index, _Choice())
+        self._begin(index, delta)
+        choice = self._choices[index]
         self._note(choice, delta)
-        seen = delta.text or delta.logprobs or delta.prompt_logprobs
+        text = "".join(choice.texts) + delta.text  # texts: the echo, until it is sent
+        choice.texts.clear()
+        seen = text or delta.logprobs or choice.prompt_logprobs
         if not seen and delta.finish_reason is None:
             return
         body = {
             "index": index,
-            "text": delta.text,
+            "text": text,
             "logprobs": self._logprobs(choice, delta.logprobs or ()),
         }
         yield self._chunk(self._ended(body, choice))
         choice.prompt_logprobs = None
 
-    def _content(self, text: str) -> Json:
+    def _begin(self, index: int, delta: StreamDelta) -> None:
+        """A choice's first delta brings its echo."""
+        if index in self._choices:
+            return
+        choice = self._choices[index] = _Choice()
+        if self._echo is not None:
+            at = index // self._echo.n
+            choice.echo = at
+            choice.texts.append(self._echo.prompts[at][0])
+            if delta.prompt_logprobs is not None:
+                self._scored[at] = delta.prompt_logprobs
+
+    def _note(self, choice: _Choice, delta: StreamDelta) -> None:
+        super()._note(choice, delta)
+        if self._echo is not None and delta.prompt_logprobs is not None:
+            top = self._echo.prompt_logprobs
+            if top is None:
+                choice.prompt_logprobs = None
+            for entry in choice.prompt_logprobs or ():
+                if entry is not None:
+                    del entry["top_logprobs"][top:]
+
+    def _content(self, choice: _Choice, text: str) -> Json:
         return {"text": text}
 
     def _logprobs(self, choice: _Choice, tokens: Iterable[TokenLogprob]) -> Json | None:
         if self._top is None:
             return None
         body: Json = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        if self._echo is not None and choice.echo is not None:
+            self._list_prompt(body, *self._echo.prompts[choice.echo], self._scored[choice.echo])
+            choice.offset = len(self._echo.prompts[choice.echo][0])
+            choice.echo = None
         for token in tokens:
-            text = self._name(token.token)
-            logprob = max(token.logprob, _MIN_LOGPROB)
-            body["text_offset"].append(choice.offset)
-            body["tokens"].append(text)
-            body["token_logprobs"].append(logprob)
-            top = {self._name(id): max(value, _MIN_LOGPROB) for id, value in token.top}
-            body["top_logprobs"].append({**top, text: logprob})
+            self._list(body, choice.offset, token.token, token)
             raw = self._tokenizer.token_bytes(token.token)
             choice.offset += len(choice.decoder.decode(raw))
         return body
+
+    def _list_prompt(
+        self, body: Json, text: str, ids: list[int], scores: list[TokenLogprob]
+    ) -> None:
+        """The first token has no score; special tokens may stand outside of the text."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        offset = 0
+        for i, id in enumerate(ids):
+            self._list(body, min(offset, len(text)), id, scores[i - 1] if i else None)
+            if id not in self._tokenizer.special_ids:
+                offset += len(decoder.decode(self._tokenizer.token_bytes(id)))
+
+    def _list(self, body: Json, offset: int, id: int, score: TokenLogprob | None) -> None:
+        text = self._name(id)
+        logprob = None if score is None else max(score.logprob, _MIN_LOGPROB)
+        body["text_offset"].append(offset)
+        body["tokens"].append(text)
+        body["token_logprobs"].append(logprob)
+        top = () if score is None else score.top[: self._top]
+        listed = {self._name(id): max(value, _MIN_LOGPROB) for id, value in top}
+        body["top_logprobs"].append(None if score is None else {**listed, text: logprob})
 
     def _name(self, id: int) -> str:
         """A token's text; parts of a character are told apart by their bytes."""

@@ -17,10 +17,11 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
 
-def event(payload: Mapping[str, Any]) -> bytes:
+def event(payload: Mapping[str, Any], name: str | None = None) -> bytes:
     """One event. JSON escapes line breaks, so the payload is always a single `data:` line."""
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return b"data: " + text.encode("utf-8") + b"\n\n"
+    data = b"data: " + text.encode("utf-8") + b"\n\n"
+    return data if name is None else b"event: " + name.encode("ascii") + b"\n" + data
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -14,14 +14,18 @@ import uvicorn
 from astrai.server.app import create_app
 
 
-@contextlib.contextmanager
-def serving(engine: Any, **options: Any) -> Iterator[str]:
+def serving(engine: Any, **options: Any) -> contextlib.AbstractContextManager[str]:
     """The base URL of `engine` served over HTTP until the block ends."""
+    return serving_app(create_app(engine, **options))
+
+
+@contextlib.contextmanager
+def serving_app(app: Any, **options: Any) -> Iterator[str]:
+    """The base URL of an app served over HTTP until the block ends; `options` are uvicorn's."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        app = create_app(engine, **options)
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from astrai.server import openai
 from astrai.server.edge import Call, Edge
 from astrai.server.fields import schema_of
-from astrai.server.prompts import chat_ids, prompt_ids
+from astrai.server.prompts import chat_prompt, echoed, encoded
 from astrai.server.replies import ChatReply, CompletionReply
 
 
@@ -28,16 +28,21 @@ def mount(app: FastAPI, edge: Edge) -> None:
     async def chat(request: Request) -> Response:
         asked = openai.parse_chat(await edge.json(request))
         call = openai.chat_call(asked)
-        reply = ChatReply(*_reply_args(edge, "chatcmpl", call))
-        ids = await chat_ids(edge.engine.tokenizer, asked)
-        return await edge.answer(request, reply, call, [ids], "messages")
+        args = _reply_args(edge, "chatcmpl", call)
+        talk = openai.chat_conversation(asked)
+        prompt = await chat_prompt(edge.chat_format, talk, call.params.structured)
+        call = call._replace(params=prompt.applied(call.params))
+        reply = ChatReply(*args, prompt.reader)
+        return await edge.answer(request, reply, call, [prompt.ids], "messages")
 
     @app.post("/v1/completions", openapi_extra=schema_of(openai.CompletionRequest))
     async def completions(request: Request) -> Response:
         asked = openai.parse_completion(await edge.json(request))
         call = openai.completion_call(asked)
-        reply = CompletionReply(*_reply_args(edge, "cmpl", call))
-        prompts = await prompt_ids(edge.engine.tokenizer, asked)
+        args = _reply_args(edge, "cmpl", call)
+        prompts = await encoded(edge.engine.tokenizer, asked.prompt, asked.add_special_tokens)
+        echo = echoed(edge.engine.tokenizer, asked, prompts) if asked.echo else None
+        reply = CompletionReply(*args, echo)
         return await edge.answer(request, reply, call, prompts, "prompt")
 
 

@@ -1,0 +1,159 @@
+"""What the Responses and the Messages API share: both are a chat with one answer, put differently.
+
+A request becomes that of /v1/chat/completions, so that every field means the same on every route;
+an answer becomes parts (parts.py), of which each dialect makes its own items and events.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from astrai.server import openai
+from astrai.server.chat import ChatFormat
+from astrai.server.edge import Call
+from astrai.server.errors import ApiError
+from astrai.server.fields import Body
+from astrai.server.parts import Part, Reader, TextPart, joined
+from astrai.server.prompts import chat_prompt
+from astrai.server.usage import UsageSum
+
+if TYPE_CHECKING:
+    from astrai.inference.async_engine import StreamDelta
+
+Json = dict[str, Any]
+
+
+class Extras(Body):
+    """This server's own fields, beside those of each API; they mean what they mean in a chat."""
+
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    request_id: str | None = None
+
+    def extras(self) -> Json:
+        given = {name: getattr(self, name) for name in Extras.model_fields}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Asked(NamedTuple):
+    """A request of a dialect, ready for the engine."""
+
+    call: Call
+    ids: list[int]
+    reader: Callable[[], Reader] | None
+
+
+async def asked_of(chat_format: ChatFormat, body: Json, names: Mapping[str, str]) -> Asked:
+    """From the body of a chat; `names` are what its fields are called in the dialect."""
+    try:
+        request = openai.parse_chat({k: v for k, v in body.items() if v is not None})
+        call = openai.chat_call(request)
+        talk = openai.chat_conversation(request)
+        prompt = await chat_prompt(chat_format, talk, call.params.structured)
+    except ApiError as error:
+        raise _renamed(error, names) from None
+    call = call._replace(params=prompt.applied(call.params))
+    return Asked(call, prompt.ids, prompt.reader)
+
+
+def _renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    field = re.match(r"\w*", error.param or "")
+    if field is None or field[0] not in names:
+        return error
+    param = names[field[0]] + (error.param or "")[field.end() :]
+    message = re.sub(rf"\b{field[0]}\b", names[field[0]], error.message)
+    return ApiError(message, status=error.status, param=param, code=error.code)
+
+
+class OneAnswer:
+    """The one choice of a dialect's answer, read into parts.
+
+    Owns the reader and the counts; what is made of the parts is its subclass's. `events` is the
+    whole of it: an answer that is not streamed is the state that its events leave behind.
+    """
+
+    def __init__(self, id: str, model: str, reader: Callable[[], Reader] | None) -> None:
+        self.id = id
+        self.model = model
+        self.usage = UsageSum()
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self._reader = reader() if reader is not None else None
+
+    def add(self, index: int, delta: StreamDelta) -> None:
+        for _ in self.events(index, delta):
+            pass
+
+    def events(self, index: int, delta: StreamDelta) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def _parts(self, delta: StreamDelta) -> list[Part]:
+        """What `delta` adds; also takes note of how the answer ends."""
+        self.usage.add(delta)
+        if self._reader is None:
+            parts: list[Part] = [TextPart(delta.text)] if delta.text else []
+        else:
+            parts = self._reader.feed(delta.text) if delta.text else []
+            if delta.finish_reason is not None:
+                parts += self._reader.close()
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        return joined(parts)
+
+
+def refuse(at: str, what: Any) -> ApiError:
+    return ApiError(f"{at}: {what!r} is not implemented", param=at, code="not_implemented")
+
+
+def text_of(content: Any, at: str, kinds: tuple[str, ...], extra: frozenset[str]) -> str:
+    """The text of a string or of a list of text parts; a part may have the fields in `extra`."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(f"{at}: expected a string or a list of parts", param=at)
+    return "".join(_part(part, f"{at}[{i}]", kinds, extra) for i, part in enumerate(content))
+
+
+def _part(part: Any, at: str, kinds: tuple[str, ...], extra: frozenset[str]) -> str:
+    fields = typed(part, at)
+    if fields["type"] not in kinds:
+        raise refuse(f"{at}.type", fields["type"])
+    name = "refusal" if fields["type"] == "refusal" else "text"
+    only(fields, extra | {"type", name}, at)
+    return string(fields, name, at)
+
+
+def typed(value: Any, at: str) -> Json:
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ApiError(f"{at}: expected an object with a type", param=at)
+    return value
+
+
+def string(fields: Mapping[str, Any], name: str, at: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise ApiError(f"{at}.{name}: expected a string", param=f"{at}.{name}")
+    return value
+
+
+def only(fields: Mapping[str, Any], known: frozenset[str], at: str) -> None:
+    for name, value in fields.items():
+        if name not in known and value is not None:
+            raise ApiError(f"unknown field {at}.{name}", param=f"{at}.{name}", code="unknown_field")

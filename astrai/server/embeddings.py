@@ -1,0 +1,109 @@
+"""`/v1/embeddings`: what a request may say, and the vectors as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from astrai.inference.sampling_params import SamplingParams
+from astrai.server.edge import Call
+from astrai.server.errors import ApiError
+from astrai.server.fields import Body, Lists, parse
+
+if TYPE_CHECKING:
+    from astrai.inference.async_engine import StreamDelta
+
+LISTS = Lists(
+    harmless=frozenset({"user"}),
+    refused={
+        # A vector cut short means nothing unless the model was trained for it.
+        "dimensions": (),
+        "truncate_prompt_tokens": (),
+        "input_type": (),
+        "modality": ("text",),
+    },
+)
+
+
+class EmbeddingRequest(Body):
+    """`pooling` and `normalize` are this server's own; unit vectors are what OpenAI gives."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    priority: int | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    request_id: str | None = None
+
+
+def parse_embedding(body: dict[str, Any]) -> EmbeddingRequest:
+    request = parse(body, EmbeddingRequest, LISTS)
+    texts = [request.input] if isinstance(request.input, str) else request.input
+    if not texts or any(text in ("", []) for text in texts):
+        raise ApiError("input is empty", param="input", code="empty_input")
+    return request
+
+
+def embedding_call(request: EmbeddingRequest) -> Call:
+    return Call(
+        params=SamplingParams(max_tokens=0, pooling=request.pooling or "mean"),
+        model=request.model,
+        priority=request.priority or 0,
+        stream=False,
+        cache_salt=request.cache_salt,
+        request_id=request.request_id,
+    )
+
+
+class EmbeddingReply:
+    """One vector for each input. Owns the vectors; does not own the stream that feeds it."""
+
+    def __init__(self, id: str, model: str, request: EmbeddingRequest) -> None:
+        self.id = id
+        self.model = model
+        self._base64 = request.encoding_format == "base64"
+        self._normalize = request.normalize is not False
+        self._vectors: dict[int, list[float]] = {}
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+
+    def add(self, index: int, delta: StreamDelta) -> None:
+        if delta.usage is None:
+            return
+        if delta.pooled is None:
+            raise RuntimeError(f"the engine gave no hidden state for input {index}")
+        self._vectors[index] = _unit(delta.pooled) if self._normalize else delta.pooled
+        self._prompt_tokens += delta.usage.prompt_tokens
+        self._cached_tokens += delta.usage.cached_tokens
+
+    def whole(self) -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": self._written(vector)}
+                for index, vector in sorted(self._vectors.items())
+            ],
+            "model": self.model,
+            "usage": {
+                "prompt_tokens": self._prompt_tokens,
+                "total_tokens": self._prompt_tokens,
+                "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+            },
+        }
+
+    def _written(self, vector: list[float]) -> list[float] | str:
+        if not self._base64:
+            return vector
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
+
+
+def _unit(vector: list[float]) -> list[float]:
+    norm = math.hypot(*vector)
+    return [value / norm for value in vector] if norm > 0.0 else vector

@@ -1,0 +1,22 @@
+"""`/v1/embeddings`."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from astrai.server import embeddings
+from astrai.server.edge import Edge
+from astrai.server.fields import schema_of
+from astrai.server.prompts import encoded
+
+
+def mount(app: FastAPI, edge: Edge) -> None:
+    @app.post("/v1/embeddings", openapi_extra=schema_of(embeddings.EmbeddingRequest))
+    async def embed(request: Request) -> Response:
+        asked = embeddings.parse_embedding(await edge.json(request))
+        call = embeddings.embedding_call(asked)
+        name = edge.check_model(call.model)
+        prompts = await encoded(edge.engine.tokenizer, asked.input, asked.add_special_tokens)
+        reply = embeddings.EmbeddingReply(edge.new_id("embd"), name, asked)
+        return await edge.answer_whole(request, reply, call, prompts, "input")
