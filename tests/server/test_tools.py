@@ -315,13 +315,13 @@ def test_the_template_tells_the_style() -> None:
 
 # ── grammars ────────────────────────────────────────────────────────────────────────────────────
 
+ANYTHING = Tool("now", parameters={})
 WEATHER = Tool(
     "get_weather",
     parameters={
         "type": "object",
         "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
         "required": ["city"],
-        "additionalProperties": False,
     },
     strict=True,
 )
@@ -351,7 +351,7 @@ def grammar(style: str, toolset: Toolset, thought: Thought | None = None, **rest
 @pytest.mark.parametrize("thought", BEFORE)
 def test_grammar_of_calls_that_must_be(thought: Thought | None) -> None:
     before = BEFORE[thought]
-    both = (WEATHER, Tool("now"))
+    both = (WEATHER, ANYTHING)
     any_of = grammar("hermes", Toolset(both, "required"), thought)
     assert accepts(any_of, before + GOOD)
     assert accepts(any_of, before + NOW + "\n" + GOOD)
@@ -366,7 +366,7 @@ def test_grammar_of_calls_that_must_be(thought: Thought | None) -> None:
 @pytest.mark.parametrize("thought", BEFORE)
 def test_grammar_of_calls_that_may_be(thought: Thought | None) -> None:
     before = BEFORE[thought]
-    tools = (WEATHER, Tool("now"))
+    tools = (WEATHER, ANYTHING)
     free = grammar("hermes", Toolset(tools), thought)
     for text in ("", "Hello <tool_ca", GOOD, "I look. " + GOOD + NOW + " That is it."):
         assert accepts(free, before + text), text
@@ -414,6 +414,17 @@ def test_white_space_in_arguments_is_bounded() -> None:
         text, GOOD.replace(": {", ": {\n  ")
     )
     assert not accepts(text, GOOD.replace('"city": ', '"city":' + " " * 100))
+
+
+def test_arguments_that_the_schema_does_not_name() -> None:
+    for parameters, may in (
+        (None, False),
+        ({"properties": {}}, False),
+        ({"properties": {}, "additionalProperties": True}, True),
+        ({"type": "object"}, True),
+    ):
+        text = grammar("hermes", Toolset((Tool("now", parameters=parameters),), "required"))
+        assert accepts(text, NOW) is may
 
 
 def test_only_a_strict_schema_must_be_understood_in_full() -> None:

@@ -16,7 +16,7 @@ MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 65_536
 MAX_DEPTH = 64
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_ANY_OBJECT: Mapping[str, Any] = {"type": "object", "properties": {}}
+_EMPTY: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Tool:
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] | None = None  # JSON schema of an object; None: any object
+    parameters: Mapping[str, Any] | None = None  # JSON schema of an object; None: nothing to say
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Tool:
 
     @property
     def schema(self) -> Mapping[str, Any]:
-        return _ANY_OBJECT if self.parameters is None else self.parameters
+        return _EMPTY if self.parameters is None else self.parameters
 
     def described(self) -> dict[str, Any]:
         """As chat templates expect a tool."""

@@ -7,7 +7,7 @@ it first can, so text up to a marker is text without that marker.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from astrai.inference.structured import MAX_WHITESPACE, GrammarError, StructuredOutput
@@ -83,7 +83,7 @@ def _calls(style: Style, tools: Sequence[Tool], literal: Callable[[str], str]) -
         head = f'{{"name": {json.dumps(tool.name)}, "{style.arguments}": '
         rules += [
             f'one_{i}: {_quoted(head)} args_{i} "}}"',
-            f"args_{i}: {_json({'type': 'object', **tool.schema}, exact=tool.strict)}",
+            f"args_{i}: {_json(_closed(tool.schema), exact=tool.strict)}",
         ]
     return rules
 
@@ -125,6 +125,12 @@ def _content(content: StructuredOutput) -> str:
                 "a grammar cannot be combined with tools or reasoning; a JSON schema, a regex or "
                 "a choice can",
             )
+
+
+def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool's schema; arguments that it does not name are not written unless it says they may."""
+    closed = {"additionalProperties": False} if "properties" in schema else {}
+    return {"type": "object", **closed, **schema}
 
 
 def _json(schema: dict[str, Any] | bool, *, exact: bool) -> str:
