@@ -6,12 +6,12 @@ import contextlib
 import logging
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from astrai.inference.scheduler import Results, Scheduler
+from astrai.inference.stall import StallWatch
 from astrai.inference.task import Outcome, Plan, Task, Update
 
 if TYPE_CHECKING:
@@ -67,13 +67,12 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.deliver = deliver
-        self.stall_seconds = stall_seconds
+        self.watch = StallWatch(scheduler, stall_seconds, self._busy)
         self.grammars = grammars
         self.failure: str | None = None  # why the loop ended, if it did
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._in_flight: deque[tuple[Plan, Launch | Exception]] = deque()
         self._must_read = False  # the last plan was empty: only results can move anything
-        self._stepped_at = time.monotonic()
         self._stopping = False
         self._ended = False
         self._thread: threading.Thread | None = None
@@ -96,10 +95,12 @@ class Engine:
             raise RuntimeError("the engine loop runs already")
         self._thread = threading.Thread(target=self._loop, name="astrai-engine", daemon=True)
         self._thread.start()
+        self.watch.start()
 
     def stop(self, timeout: float = 30.0) -> None:
         """End the loop after the present tick. What still runs is aborted, and its edge is told."""
         self._stopping = True
+        self.watch.stop()
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join(timeout)
@@ -107,11 +108,10 @@ class Engine:
 
     def health(self) -> Health:
         """True only while the loop steps or has nothing to do."""
-        since = time.monotonic() - self._stepped_at
         counts = self.scheduler.books.counts
         numbers = {
             "tick": self.scheduler.n_tick,
-            "seconds_since_step": round(since, 3),
+            "seconds_since_step": round(self.watch.since, 3),
             "running": len(self.scheduler.running),
             "waiting": self.scheduler.n_waiting,
             "pages_free": counts.free,
@@ -124,10 +124,12 @@ class Engine:
             return Health(False, f"the engine loop ended: {self.failure}", numbers)
         if self._thread is None or not self._thread.is_alive():
             return Health(False, "the engine loop is not running", numbers)
-        busy = not self.scheduler.idle or not self._inbox.empty()
-        if busy and since > self.stall_seconds:
-            return Health(False, f"no tick for {since:.1f} s with work to do", numbers)
-        return Health(True, "stepping" if busy else "nothing to do", numbers)
+        if (why := self.watch.why()) is not None:
+            return Health(False, why, numbers)
+        return Health(True, "stepping" if self._busy() else "nothing to do", numbers)
+
+    def _busy(self) -> bool:
+        return not self.scheduler.idle or not self._inbox.empty()
 
     # ── the owner thread ────────────────────────────────────────────────────────────────────────
 
@@ -145,7 +147,7 @@ class Engine:
             self._read(self._inbox.get())
         self._ask_grammars()
         plan = self.scheduler.tick(self._results())
-        self._stepped_at = time.monotonic()
+        self.watch.stepped(plan, len(self._in_flight))
         if updates := self.scheduler.drain_updates():
             self.deliver(updates)
         self._must_read = not plan
@@ -175,7 +177,9 @@ class Engine:
             while not self._stopping:
                 if self.idle:
                     self.scheduler.check()
-                    self._read(self._inbox.get())
+                    message = self._inbox.get()
+                    self.watch.woke()
+                    self._read(message)
                 self.step()
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"

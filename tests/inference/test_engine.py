@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import threading
 import time
+
+import pytest
 
 from astrai.inference.engine import Engine, Message
 from astrai.inference.task import Plan
@@ -63,6 +66,50 @@ def test_health_is_true_only_while_the_loop_steps_or_has_nothing_to_do() -> None
     counts = engine.health().numbers
     assert counts["pages_free"] + counts["pages_cached"] + counts["pages_held"] == 64
     engine.stop()
+
+
+def test_a_tick_that_does_not_end_is_written_down_once(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(64)
+    engine = Engine(bench.scheduler, bench.runner, bench.deliver, stall_seconds=0.05)
+    held = threading.Event()
+    launch = bench.runner.launch
+
+    def slow(plan: Plan) -> MockLaunch:
+        held.wait()
+        return launch(plan)
+
+    bench.runner.launch = slow  # type: ignore[method-assign]
+    engine.start()
+    engine.post(Message(add=[make_task(7, [1, 2, 3], 2)]))
+    wait_for(lambda: caplog.records)
+    time.sleep(0.1)
+    held.set()
+    wait_for(lambda: bench.ends == {7: "length"})
+    engine.stop()
+    (record,) = caplog.records
+    state = json.loads(record.getMessage().split(": ", 2)[2])
+    assert "no tick for" in record.getMessage()
+    assert state["running"][0]["id"] == 7 and state["running"][0]["pages"] == 1
+    assert state["pages"]["held"] == 1 and state["n_waiting"] == 0
+
+
+def test_a_queue_that_nobody_leaves_is_a_stall(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(64)
+    engine = Engine(bench.scheduler, bench.runner, bench.deliver)
+    engine.start()
+    seat = bench.scheduler._why_not
+    bench.scheduler._why_not = lambda *args: "pages"  # type: ignore[method-assign]
+    engine.post(Message(add=[make_task(0, [1], 2)]))
+    wait_for(lambda: not engine.health().ok)
+    reason = engine.health().reason
+    assert "1 requests wait, none runs and 64 pages are free" in reason
+    wait_for(lambda: caplog.records)
+    state = json.loads(caplog.records[0].getMessage().split(": ", 2)[2])
+    assert state["blocked"] == "pages" and state["queue"][0]["request_id"] == "r0"
+    bench.scheduler._why_not = seat  # type: ignore[method-assign]
+    wait_for(lambda: bench.ends == {0: "length"} and engine.health().ok)
+    engine.stop()
+    assert len(caplog.records) == 1
 
 
 def test_a_loop_that_ends_answers_everybody() -> None:
