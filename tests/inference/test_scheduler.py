@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -457,3 +458,19 @@ def test_any_pool_any_width_any_budget_gives_the_same_tokens(
     tasks = random_tasks(12, seed, max_prompt=30, max_output=30)
     run(bench, tasks)
     assert bench.outputs == {task.id: expected(task) for task in tasks}
+
+
+def test_a_clock_that_jumps_changes_no_decision() -> None:
+    def decisions(clock: Callable[[], float]) -> list[tuple[int, str, object]]:
+        bench = Bench(20, max_slots=6)
+        bench.scheduler._clock = clock
+        seen: list[tuple[int, str, object]] = []
+        timeless = {"take", "share", "evict", "return", "prefill", "decode", "preempt", "wait"}
+        bench.events.attach(lambda t, kind, v: seen.append((t, kind, v)) if kind in timeless else 0)
+        tasks = random_tasks(40, seed=3)
+        run(bench, tasks)
+        assert all(bench.outputs[task.id] == expected(task) for task in tasks)
+        return seen
+
+    rng = random.Random(0)
+    assert decisions(lambda: rng.uniform(-1e6, 1e6)) == decisions(lambda: 0.0)
