@@ -72,12 +72,15 @@ async def asked_of(chat_format: ChatFormat, body: Json, names: Mapping[str, str]
 
 
 def _renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
-    field = re.match(r"\w*", error.param or "")
-    if field is None or field[0] not in names:
-        return error
-    param = names[field[0]] + (error.param or "")[field.end() :]
-    message = re.sub(rf"\b{field[0]}\b", names[field[0]], error.message)
-    return ApiError(message, status=error.status, param=param, code=error.code)
+    def said(text: str) -> str:
+        text = re.sub(r"\b(tools\[\d+\])\.function\b", r"\1", text)  # a tool here is the function
+        field = re.match(r"\w*", error.param or "")
+        if field is None or field[0] not in names:
+            return text
+        return re.sub(rf"\b{field[0]}\b", names[field[0]], text)
+
+    param = None if error.param is None else said(error.param)
+    return ApiError(said(error.message), status=error.status, param=param, code=error.code)
 
 
 class OneAnswer:

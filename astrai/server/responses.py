@@ -249,6 +249,7 @@ class ResponseReply(OneAnswer):
         self._sequence = 0
         self._open: Json | None = None  # the item that grows: the last of the output
         self._call = -1  # the index of its call, if it is one
+        self._scored: list[Json] = []  # of tokens whose text is still held back
         self._reasoning_tokens = 0
 
     def whole(self) -> Json:
@@ -258,15 +259,13 @@ class ResponseReply(OneAnswer):
         if not self._sequence:
             for kind in ("created", "in_progress"):
                 yield self._event(f"response.{kind}", response=self._body("in_progress"))
-        scores = self._scores(delta.logprobs or ())
-        parts = self._parts(delta)
-        for part in parts:
+        self._scored += self._scores(delta.logprobs or ())
+        for part in self._parts(delta):
             if not self._grows(part):
                 yield from self._done("completed")
                 yield from self._added(part)
-            yield from self._grown(part, scores)
-            if isinstance(part, TextPart):
-                scores = []
+            yield from self._grown(part)
+            self._scored = []
         if self._open is not None and self._open["type"] == "reasoning":
             self._reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
@@ -320,8 +319,8 @@ class ResponseReply(OneAnswer):
             yield self._at("response.content_part.added", part=content)
             item["content"] = [content]
 
-    def _grown(self, part: Part, scores: list[Json]) -> Iterator[bytes]:
-        item = self._item
+    def _grown(self, part: Part) -> Iterator[bytes]:
+        item, scores = self._item, self._scored
         match part:
             case ToolCallPart(arguments=more):
                 item["arguments"] += more
@@ -346,6 +345,8 @@ class ResponseReply(OneAnswer):
         else:
             part = item["content"][0]
             if item["type"] == "message":
+                part["logprobs"] += self._scored
+                self._scored = []
                 said = {"text": part["text"], "logprobs": part["logprobs"]}
                 yield self._at("response.output_text.done", **said)
             else:
