@@ -21,6 +21,7 @@ from astrai.inference.task import NOTHING, Outcome, Plan, Task, Update
 from astrai.observe.record import Recording
 
 PERCENTILES = (50, 90, 99)
+_FIT_ROUNDS = 20
 _SAYS = Outcome(0)
 _PARAMS = SamplingParams()
 _WHOLE = SamplingParams(prompt_logprobs=0)
@@ -45,17 +46,18 @@ class StepTime(NamedTuple):
 class Fit(NamedTuple):
     step_time: StepTime
     n_steps: int
-    residual: float  # root mean square, seconds
-    mean: float  # of the steps, seconds
-    explained: float  # share of the variance, 1 = all
+    n_outliers: int  # steps that something else held up, given little weight
+    residual: float  # root mean square of the others, seconds
+    mean: float  # of all steps, seconds
 
     def __str__(self) -> str:
         base, prefill, decode, page = (1e6 * value for value in self.step_time)
         return (
             f"step = {base:.0f} µs + {prefill:.2f} µs a prompt token + {decode:.1f} µs a decoding "
             f"row + {page:.2f} µs a page read\n"
-            f"  fitted on {self.n_steps} steps of {1e3 * self.mean:.2f} ms on average; residual "
-            f"{1e3 * self.residual:.2f} ms, {100 * self.explained:.1f} % of the variance explained"
+            f"  fitted on {self.n_steps} steps of {1e3 * self.mean:.2f} ms on average, "
+            f"{self.n_outliers} of them outliers; residual of the others "
+            f"{1e3 * self.residual:.2f} ms"
         )
 
 
@@ -113,8 +115,12 @@ def steps_of(recording: Recording) -> Iterator[Step]:
 
 
 def fit(steps: Iterable[Step]) -> Fit:
-    """Least squares; a term that would be negative is left out, since no work takes less than
-    none."""
+    """Least squares that steps held up by something else cannot pull far.
+
+    Steps further than 3 spreads from the fit weigh less in the next round, in inverse proportion
+    (Huber's weights; the spread is 1.4826 median absolute residuals). A term that would be negative
+    is left out, since no work takes less than none.
+    """
     import numpy as np
 
     table = np.array(list(steps), dtype=float)
@@ -122,21 +128,33 @@ def fit(steps: Iterable[Step]) -> Fit:
         raise ValueError(f"{len(table)} steps to fit a step time on, expected at least 8")
     seconds = table[:, 3]
     terms = np.column_stack([np.ones(len(table)), table[:, :3]])
-    scale = np.maximum(np.abs(terms).max(axis=0), 1.0)
-    kept = [0, 1, 2, 3]
+    weights = np.ones(len(table))
+    for _ in range(_FIT_ROUNDS):
+        values = _solved(terms, seconds, np.sqrt(weights))
+        rest = np.abs(seconds - terms @ values)
+        border = max(3 * 1.4826 * float(np.median(rest)), 1e-9)
+        weights = border / np.maximum(rest, border)
+    near = rest <= border
+    residual = math.sqrt(float((rest[near] ** 2).mean()))
+    step_time = StepTime(*(float(value) for value in values))
+    return Fit(step_time, len(table), int((~near).sum()), residual, float(seconds.mean()))
+
+
+def _solved(terms: Any, seconds: Any, weights: Any) -> Any:
+    """float64[4], none negative: what is most negative is left out until none is."""
+    import numpy as np
+
+    scale = np.maximum(terms.max(axis=0), 1.0)
+    kept = list(range(terms.shape[1]))
     while True:
-        found = np.linalg.lstsq(terms[:, kept] / scale[kept], seconds, rcond=None)[0]
+        columns = terms[:, kept] / scale[kept] * weights[:, None]
+        found = np.linalg.lstsq(columns, seconds * weights, rcond=None)[0]
         if (found >= 0).all() or len(kept) == 1:
             break
         kept.pop(int(found.argmin()))
-    values = np.zeros(4)
+    values = np.zeros(terms.shape[1])
     values[kept] = np.maximum(found, 0.0) / scale[kept]
-    rest = seconds - terms @ values
-    spread = float(((seconds - seconds.mean()) ** 2).sum())
-    explained = 1.0 - float((rest**2).sum()) / spread if spread else 1.0
-    residual = math.sqrt(float((rest**2).mean()))
-    step_time = StepTime(*(float(value) for value in values))
-    return Fit(step_time, len(table), residual, float(seconds.mean()), explained)
+    return values
 
 
 # ── workloads ───────────────────────────────────────────────────────────────────────────────────
