@@ -16,7 +16,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.astrai-setup
 
-.PHONY: setup serve test test-slow animate-setup test-animate soak bench gpu-check format clean
+.PHONY: setup serve test test-slow animate-setup test-animate browser-setup test-browser soak bench gpu-check format clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,16 @@ animate-setup: setup
 
 test-animate: animate-setup
 	$(BIN)/python -m pytest -m animate tests/animate $(ARGS)
+
+# The live page in Debian's Chromium, driven by Playwright.
+browser-setup: setup
+	@command -v chromium >/dev/null || \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q chromium; \
+	  else echo "first: sudo apt-get install chromium"; exit 1; fi
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[browser]'
+
+test-browser: browser-setup
+	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 bench: setup
 	for name in $(BENCH); do $(BIN)/astrai bench $$name $(ARGS) || exit 1; done

@@ -183,8 +183,8 @@ def recorded(n_tasks: int = 12) -> tuple[list[Any], Bench]:
     bench.events.request_snapshot()
     engine = Engine(bench.scheduler, bench.runner, bench.deliver)
     rng = random.Random(1)
-    engine.post(Message(add=[make_task(i, [i] * rng.randint(1, 20), 20) for i in range(n_tasks)]))
     engine.step()
+    engine.post(Message(add=[make_task(i, [i] * rng.randint(1, 20), 20) for i in range(n_tasks)]))
     while not engine.idle:
         engine.step()
     start = next(i for i, event in enumerate(events) if event[1] == "snapshot")

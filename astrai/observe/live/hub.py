@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -37,7 +37,12 @@ class _Viewer:
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
         self.behind = True  # it needs the whole picture: it is new, or it was too slow
+        self.ended = False
         self.filled = asyncio.Event()
+
+    def end(self) -> None:
+        self.ended = True
+        self.filled.set()
 
     def push(self, frame: bytes) -> None:
         if self.behind:
@@ -53,11 +58,13 @@ class _Viewer:
 class Hub:
     """Sends the pictures of a source to its viewers; opens the source only while there are any.
 
-    Owns the viewers and the task that makes frames. Everything here runs in one event loop.
+    Once `ending` says so all viewers are let go: a stream without an end must not hold up a server
+    that drains. Owns the viewers and the task that makes frames. Everything here runs in one event loop.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, ending: Callable[[], bool] = lambda: False) -> None:
         self.source = source
+        self._ending = ending
         self._viewers: set[_Viewer] = set()
         self._making: asyncio.Task[None] | None = None
         self._player: dict[str, Any] | None = None
@@ -72,7 +79,7 @@ class Hub:
             self.source.open()
             self._making = asyncio.create_task(self._make())
         try:
-            while True:
+            while not viewer.ended:
                 if viewer.behind:
                     # What changed until now is in the whole picture; it must not come twice.
                     self._publish()
@@ -99,6 +106,9 @@ class Hub:
         while True:
             await asyncio.sleep(1 / FRAMES_PER_SECOND)
             self._publish()
+            if self._ending():
+                for viewer in self._viewers:
+                    viewer.end()
 
     def _publish(self) -> None:
         picture, player = self.source.pull(), self.source.player()

@@ -56,7 +56,11 @@ class LiveSource:
             if tick < picture.tick and kind != "snapshot":
                 self._lost = True  # an engine that was started again
                 break
-            picture(tick, kind, values)
+            try:
+                picture(tick, kind, values)
+            except LookupError:  # a task or page that this picture does not know: likewise
+                self._lost = True
+                break
         if self._lost:
             self._begin_again()
             self._events().request_snapshot()

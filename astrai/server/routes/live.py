@@ -17,7 +17,9 @@ from astrai.server.streaming import EventStream
 
 
 def mount(app: FastAPI, edge: Edge) -> None:
-    mount_hub(app, Hub(LiveSource(lambda: edge.engine.events)))
+    engine = edge.engine
+    source = LiveSource(lambda: engine.events)
+    mount_hub(app, Hub(source, ending=lambda: engine.draining and not engine.n_open))
 
 
 def mount_hub(app: FastAPI, hub: Hub) -> None:

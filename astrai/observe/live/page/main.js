@@ -152,6 +152,7 @@ for (const id of ["slots", "groups", "queue", "rows"]) {
   $(id).addEventListener("focusin", (event) => { const task = of(event); hover(task ? Number(task) : null); });
   $(id).addEventListener("focusout", () => hover(null));
 }
+globalThis.live = { engine, rates, pool, loop, timeline, talk }; // for the console
 pool.listen();
 player.listen();
 theme(false);

@@ -109,13 +109,21 @@ const detail = {
     this.asked = performance.now();
     const id = task.id;
     try {
-      const answer = await fetch(`v1/requests/${encodeURIComponent(task.request)}/why`, { headers: keyed() });
+      const [request, prompt] = task.request.split("/"); // one of several prompts of a request
+      const answer = await fetch(`v1/requests/${encodeURIComponent(request)}/why`, { headers: keyed() });
       const body = await answer.json();
       if (selected !== id) return;
-      setText("why", answer.ok ? body.text ?? body.why : body.error?.message ?? `HTTP ${answer.status}`);
+      setText("why", answer.ok ? this.part(body.text, prompt) : body.error?.message ?? `HTTP ${answer.status}`);
     } catch {
       if (selected === id) setText("why", "The server did not answer.");
     }
+  },
+
+  part(text, prompt) { // what is told of this prompt, of all that the request had
+    const from = text.indexOf(`prompt ${prompt}: `);
+    if (prompt === undefined || from < 0) return text;
+    const to = text.indexOf(`\nprompt ${Number(prompt) + 1}: `);
+    return text.slice(from + `prompt ${prompt}: `.length, to < 0 ? undefined : to);
   },
 
   close() {
