@@ -83,6 +83,13 @@ class ChatFormat:
         self.switches_thinking = "enable_thinking" in (template or "")
         self._knows_tools = bool(re.search(r"\btools\b", template or ""))
 
+    def line(self) -> str:
+        """What was decided, for people."""
+        calls = "none" if self._style is None else self._style.name
+        if self._style is not None and not self._knows_tools:
+            calls += " (told in the system message)"
+        return f"tool calls {calls}, reasoning {'think' if self.thinks else 'none'}"
+
     def prompt(self, asked: Conversation, content: StructuredOutput | None = None) -> ChatPrompt:
         """The prompt of a conversation whose answer, if it is no call, must be `content`.
 
@@ -231,22 +238,35 @@ def _object(call: Mapping[str, Any]) -> Any:
 def _one_by_one(messages: Sequence[Message]) -> list[Message]:
     """Each call in a message of its own, its result behind it."""
     split: list[Message] = []
-    left = list(messages)
-    while left:
-        message, *left = left
-        calls = message.get("tool_calls", ())
-        if len(calls) < 2:
-            split.append(message)
+    results: list[Message] = []  # of the calls before, in the order of the calls
+    for message in messages:
+        if message["role"] == "tool":
+            results.append(message)
             continue
-        n_results = next((i for i, m in enumerate(left) if m["role"] != "tool"), len(left))
-        results, left = left[:n_results], left[n_results:]
+        _place(split, results)
+        results = []
+        calls = message.get("tool_calls", ())
         for i, call in enumerate(calls):
-            split.append({**message, "content": "" if i else message["content"]})
-            split[-1]["tool_calls"] = [call]
-            split += [m for m in results if m.get("tool_call_id") == call["id"]]
-        ids = {call["id"] for call in calls}
-        split += [m for m in results if m.get("tool_call_id") not in ids]
+            said = "" if i else message["content"]
+            split.append({**message, "content": said, "tool_calls": [call]})
+        if not calls:
+            split.append(message)
+    _place(split, results)
     return split
+
+
+def _place(messages: list[Message], results: Sequence[Message]) -> None:
+    """Put each result behind its call at the end of `messages`, what answers none behind all."""
+    of_call: dict[Any, list[Message]] = {}
+    for result in results:
+        of_call.setdefault(result.get("tool_call_id"), []).append(result)
+    calls: list[Message] = []
+    while results and messages and "tool_calls" in messages[-1]:
+        calls.append(messages.pop())
+    for call in reversed(calls):
+        messages += [call, *of_call.pop(call["tool_calls"][0]["id"], ())]
+    for rest in of_call.values():
+        messages += rest
 
 
 def _plain(message: Message, style: Style | None) -> Message:

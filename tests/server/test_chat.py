@@ -121,6 +121,9 @@ def test_a_template_of_one_call_a_message_gets_them_one_by_one() -> None:
     text = text_of(prompted(LLAMA, messages=results, toolset=Toolset((WEATHER,))))
     calls = '<call>{"city": "Oslo"}<tool>cold<call>"oops"<tool>warm'
     assert text.endswith("<user>Oslo and Rome?" + calls)
+    twice = [*results, *results[2:], {"role": "tool", "tool_call_id": "c9", "content": "?"}]
+    text = text_of(prompted(LLAMA, messages=twice, toolset=Toolset((WEATHER,))))
+    assert text.endswith(calls + calls + "<tool>?")
 
 
 def test_a_template_that_knows_no_tools_is_told_of_them() -> None:
@@ -238,6 +241,14 @@ def test_a_special_marker_is_named_by_its_id_and_shown() -> None:
     assert prompted(HERMES).applied(params).skip_special_tokens
     plain = ChatFormat(Templated(PLAIN)).prompt(Conversation(messages=[USER]))
     assert plain.applied(params) == params
+
+
+def test_what_is_decided_is_said() -> None:
+    assert ChatFormat(Templated(HERMES)).line() == "tool calls hermes, reasoning think"
+    assert ChatFormat(Templated(PLAIN)).line() == (
+        "tool calls generic (told in the system message), reasoning none"
+    )
+    assert ChatFormat(Templated(PLAIN), "none").line() == "tool calls none, reasoning none"
 
 
 def test_parsers_by_name() -> None:
