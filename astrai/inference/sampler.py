@@ -369,7 +369,7 @@ class _Edits:
         self._flat = logits.view(-1)
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._logits = logits
-        self._unmasked: tuple[Tensor, Tensor] | None = None
+        self._unmasked: list[tuple[int | Tensor, Tensor]] = []  # rows, and what was there
         self._mask(rows)
         biased: list[tuple[int, float]] = []
         penalised: list[np.ndarray] = []
@@ -398,21 +398,27 @@ class _Edits:
         while self._saved:
             at, values = self._saved.pop()
             self._flat[at] = values
-        if self._unmasked is not None:
-            at, values = self._unmasked
-            self._logits[at] = values
+        for rows, values in self._unmasked:
+            self._logits[rows] = values
 
     def _mask(self, rows: Sequence[SampleRow]) -> None:
         """-inf for all tokens that the masks do not allow; whole rows are kept for `undo`."""
         masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
         if not masked:
             return
+        if self._logits.device.type == "cpu":
+            x = self._logits.numpy()
+            for i, mask in masked:
+                self._unmasked.append((i, torch.from_numpy(x[i].copy())))
+                x[i] += _penalty_of(mask)[: self._vocab_size]
+            return
         at = torch.tensor([i for i, _ in masked], device=self._logits.device)
         values = self._logits[at]
-        self._unmasked = at, values
-        words = np.stack([mask for _, mask in masked])
-        barred = _barred(words, self._vocab_size, self._logits.device)
-        self._logits[at] = values.masked_fill(barred, -math.inf)
+        self._unmasked.append((at, values))
+        words = torch.from_numpy(np.stack([mask for _, mask in masked])).to(at.device)
+        shifts = torch.arange(32, dtype=torch.int32, device=at.device)
+        barred = ((words[:, :, None] >> shifts & 1) == 0).view(len(masked), -1)
+        self._logits[at] = values.masked_fill(barred[:, : self._vocab_size], -math.inf)
 
     def _apply(
         self,
@@ -462,14 +468,17 @@ class _Edits:
         return np.stack([places, np.full(len(ids), params.repetition_penalty), minus])
 
 
-def _barred(words: np.ndarray, n: int, device: torch.device) -> Tensor:
-    """bool[R, n]: the complements of the first n bits of each row of int32 words, lowest first."""
-    if device.type == "cpu":
-        bits = np.unpackbits((~words).view(np.uint8), axis=1, count=n, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_))
-    shifts = torch.arange(32, dtype=torch.int32, device=device)
-    bits_of = torch.from_numpy(words).to(device)[:, :, None] >> shifts
-    return ((bits_of & 1) == 0).view(len(words), -1)[:, :n]
+# Byte of a mask → what to add to eight logits, the lowest bit first.
+_PENALTIES = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0.0, -math.inf)
+_PENALTIES = _PENALTIES.astype(np.float32)
+
+
+def _penalty_of(mask: np.ndarray) -> np.ndarray:
+    """float32[32 * words]: 0 where the bit is set, else -inf.
+
+    Adding them takes a tenth of the time that it takes to fill under a mask.
+    """
+    return _PENALTIES.take(mask.view(np.uint8), axis=0).reshape(-1)
 
 
 def _argmax(x: Tensor) -> Tensor:
