@@ -28,12 +28,17 @@ LISTS = Lists(
         }
     ),
     refused={
+        "billing_policy": (),
+        "compaction": (),
         "container": (),
         "context_management": (),
         "diagnostics": (),
+        "fallback_credit_token": (),
+        "fallbacks": ([],),
         "inference_geo": (),
         "mcp_servers": ([],),
         "speed": ("standard",),
+        "thread": (),
     },
 )
 # What fields of the chat request are called here.

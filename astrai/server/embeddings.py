@@ -41,6 +41,7 @@ class EmbeddingRequest(Body):
     priority: int | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     request_id: str | None = None
+    timeout: float | None = None
 
 
 def parse_embedding(body: dict[str, Any]) -> EmbeddingRequest:
@@ -59,6 +60,7 @@ def embedding_call(request: EmbeddingRequest) -> Call:
         stream=False,
         cache_salt=request.cache_salt,
         request_id=request.request_id,
+        timeout=request.timeout,
     )
 
 

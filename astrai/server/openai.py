@@ -1,6 +1,7 @@
 """OpenAI's request bodies: which fields are done, which have no effect, which are refused by name.
 
-The three lists below are the whole policy. A field in none of them is an error that names it.
+The model's fields and the two lists of a route are the whole policy: a field that is in none of
+the three is an error that names it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from astrai.inference.sampling_params import SamplingParams
 from astrai.server.chat import Conversation
 from astrai.server.edge import Call
 from astrai.server.errors import ApiError
-from astrai.server.fields import Body, blame, screen, validate
+from astrai.server.fields import Body, Lists, blame, screen, validate
 from astrai.server.messages import (
     Messages,
     ToolChoice,
@@ -26,8 +27,7 @@ from astrai.server.messages import (
 )
 from astrai.server.structured import StructuredFields, structured_of
 
-# Accepted without effect: they describe the caller or his bookkeeping, never the answer.
-HARMLESS = frozenset(
+_HARMLESS = frozenset(
     {
         "user",
         "metadata",
@@ -35,12 +35,12 @@ HARMLESS = frozenset(
         "service_tier",
         "safety_identifier",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "prediction",
     }
 )
 
-# Known but not done: 400, unless null or one of the values that ask for nothing.
 _REFUSED_BOTH: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
@@ -50,8 +50,12 @@ _REFUSED_BOTH: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "logits_processors": ([],),
+    "spaces_between_special_tokens": (True,),
+    "kv_transfer_params": (),
 }
-REFUSED_CHAT: dict[str, tuple[Any, ...]] = {
+_REFUSED_CHAT: dict[str, tuple[Any, ...]] = {
     **_REFUSED_BOTH,
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -63,12 +67,17 @@ REFUSED_CHAT: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "chat_template": (),
     "documents": ([],),
+    "add_special_tokens": (False,),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": (),
 }
-REFUSED_COMPLETION: dict[str, tuple[Any, ...]] = {
+_REFUSED_COMPLETION: dict[str, tuple[Any, ...]] = {
     **_REFUSED_BOTH,
     "suffix": ("",),
     "best_of": (1,),
 }
+CHAT = Lists(_HARMLESS, _REFUSED_CHAT)
+COMPLETION = Lists(_HARMLESS, _REFUSED_COMPLETION)
 _HARMLESS_STREAM_OPTIONS = frozenset({"include_obfuscation"})
 _REFUSED_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"continuous_usage_stats": (False,)}
 
@@ -141,10 +150,8 @@ class CompletionRequest(_Request):
     add_special_tokens: bool | None = None
 
 
-def _screen(
-    body: Mapping[str, Any], model: type[Body], refused: Mapping[str, tuple[Any, ...]]
-) -> dict[str, Any]:
-    fields = screen(body, model, HARMLESS, refused)
+def _screen(body: Mapping[str, Any], model: type[Body], lists: Lists) -> dict[str, Any]:
+    fields = screen(body, model, *lists)
     options = fields.get("stream_options")
     if isinstance(options, dict):
         fields["stream_options"] = screen(
@@ -158,7 +165,7 @@ def _screen(
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
-    fields = _screen(body, ChatRequest, REFUSED_CHAT)
+    fields = _screen(body, ChatRequest, CHAT)
     if "messages" in fields:
         fields["messages"] = screened(fields["messages"])
     request = validate(ChatRequest, fields)
@@ -179,7 +186,7 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
 
 
 def parse_completion(body: dict[str, Any]) -> CompletionRequest:
-    fields = _screen(body, CompletionRequest, REFUSED_COMPLETION)
+    fields = _screen(body, CompletionRequest, COMPLETION)
     request = validate(CompletionRequest, fields)
     if len(request.prompt) == 0 or (
         isinstance(request.prompt, list) and any(p in ("", []) for p in request.prompt)
