@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -64,14 +65,24 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(*flags: str, log: IO[str] | int | None = None, port: int = 0) -> Iterator[Served]:
-    """`astrai serve` with `flags` until the block ends; the lines it prints go to `log`."""
+def served(
+    *flags: str, log: IO[str] | None = None, port: int = 0, file_bytes: int | None = None
+) -> Iterator[Served]:
+    """`astrai serve` with `flags` until the block ends; the lines it prints go to `log`.
+
+    Past `file_bytes` a file that it writes is as one on a full disk.
+    """
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
     command = [sys.executable, "-c", "from astrai.cli import main; main()", "serve"]
     command += ["--port", str(port), *flags]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE if log is None else log, stderr=subprocess.STDOUT,
-        text=True, env=env,
+        text=True, env=env, preexec_fn=limit,
     ) as process:  # fmt: skip
         try:
             url = _url(process) if log is None else f"http://127.0.0.1:{port}"
