@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import astrai
-from astrai.config import EngineConfig
+from astrai.config import DoorConfig, EngineConfig
 
 if TYPE_CHECKING:
     from astrai.inference.sampling_params import SamplingParams
@@ -174,6 +174,70 @@ def engine_config(
         raise CliError(str(error), 2) from None
 
 
+class LogFormatFlag(StrEnum):
+    text = "text"
+    json = "json"
+
+
+class LogLevelFlag(StrEnum):
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def door_config(
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME ]KEY",
+            help="Who has it may come in; may be repeated. Also from ASTRAI_API_KEYS.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file of keys, one a line.")
+    ] = None,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="/metrics without a key.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Site whose pages may ask in a browser, or *; may be repeated."),
+    ] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Certificate chain (PEM): serve HTTPS.")
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its key (PEM).")] = None,
+    log_format: Annotated[
+        LogFormatFlag, typer.Option(help="Lines on standard error.")
+    ] = LogFormatFlag.text,
+    log_level: Annotated[
+        LogLevelFlag, typer.Option(help="info: one line per request.")
+    ] = LogLevelFlag.info,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log the bodies of requests too.")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send OpenTelemetry spans there.")
+    ] = None,
+) -> DoorConfig:
+    try:
+        return DoorConfig(
+            api_keys=tuple(api_key or ()),
+            api_key_file=api_key_file,
+            open_metrics=open_metrics,
+            cors_origins=tuple(cors_origin or ()),
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            log_format=log_format.value,
+            log_level=log_level.value,
+            log_prompts=log_prompts,
+            otlp_endpoint=otlp_endpoint,
+        )
+    except ValueError as error:
+        raise CliError(str(error), 2) from None
+
+
 def sampling_fields(
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an answer at most; default: what fits.")
@@ -245,9 +309,10 @@ def common(
 
 
 @app.command()
-@flags(config=engine_config)
+@flags(config=engine_config, door=door_config)
 def serve(
     config: EngineConfig,
+    door: DoorConfig,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[
@@ -264,7 +329,6 @@ def serve(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run the engine in the server's own process.")
     ] = False,
-    access_log: Annotated[bool, typer.Option(help="Log every request.")] = False,
     tool_parser: Annotated[
         ToolParserFlag, typer.Option(help="How the model writes tool calls; auto: by its template.")
     ] = ToolParserFlag.auto,
@@ -285,7 +349,7 @@ def serve(
         names=served_model_name or (),
         max_body_bytes=max_body_mib << 20,
         drain_seconds=drain_seconds,
-        access_log=access_log,
+        door=door,
         tool_parser=tool_parser.value,
         reasoning_parser=reasoning_parser.value,
         request_timeout=request_timeout,

@@ -7,6 +7,8 @@ from typing import Literal
 
 GroupDecode = Literal["length", "position", "off"]
 Batching = Literal["continuous", "static"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +84,30 @@ class EngineConfig:
             raise ValueError(f"page_size = {self.page_size}, expected a multiple of 16")
         if self.group_decode not in ("length", "position", "off"):
             raise ValueError(f"{self.group_decode = }, expected length, position or off")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoorConfig:
+    """Who may come in to a server, from where, and what is written down of it."""
+
+    api_keys: tuple[str, ...] = ()  # KEY or NAME KEY; besides those of the file and environment
+    api_key_file: str | None = None
+    open_metrics: bool = False  # /metrics without a key
+    cors_origins: tuple[str, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
+    log_prompts: bool = False
+    otlp_endpoint: str | None = None  # where spans are sent
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError(
+                f"tls_cert = {self.tls_cert}, tls_key = {self.tls_key}, expected both or none"
+            )
+        for origin in self.cors_origins:
+            if origin != "*" and (
+                not origin.startswith(("http://", "https://")) or origin[-1] == "/"
+            ):
+                raise ValueError(f"CORS origin {origin!r}, expected * or https://host[:port]")

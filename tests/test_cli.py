@@ -101,6 +101,8 @@ def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--port", "99999"], 2, "--port"),
         (["serve", "--page-size", "7"], 2, "page_size = 7"),
         (["serve", "--group-decode", "x"], 2, "--group-decode"),
+        (["serve", "--tool-parser", "x"], 2, "--tool-parser"),
+        (["serve", "--reasoning-parser", "x"], 2, "--reasoning-parser"),
         (["generate"], 2, "INPUT"),
         (["generate", "no-such-file.jsonl"], 1, "no-such-file.jsonl: No such file"),
         (["generate", "x", "--temperature", "-1"], 2, "temperature = -1"),
@@ -202,7 +204,9 @@ def test_serve_prints_a_curl_that_works(
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 0
     assert process.stderr is not None
-    assert process.stderr.read() == "served 0 requests, 0 errors, pages 8 free of 0\n"
+    request, account = process.stderr.read().splitlines()
+    assert "route=/v1/chat/completions status=200 outcome=answered" in request
+    assert account == "served 0 requests, 0 errors, pages 8 free of 0"
 
 
 # ── generate ────────────────────────────────────────────────────────────────────────────────────

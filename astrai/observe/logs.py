@@ -169,8 +169,9 @@ def configure(
         old.close()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)  # other people's libraries
-    for name in ("astrai", "uvicorn"):
-        logging.getLogger(name).setLevel(level.upper())
+    logging.getLogger("astrai").setLevel(level.upper())
+    # Its infos say that it starts and stops, which `serve` says itself.
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
     # Their own handlers would write a second line, and the access log a second line per request.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)

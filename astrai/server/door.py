@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from starlette.middleware.cors import CORSMiddleware
 
+from astrai.config import DoorConfig
 from astrai.server.access import Access
-from astrai.server.guard import Guard, KeyRing
+from astrai.server.guard import Guard
+from astrai.server.keys import KeyRing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -24,6 +26,16 @@ class Door:
     cors_origins: tuple[str, ...] = ()  # "*": any; none: browsers keep other sites' pages out
     log_prompts: bool = False
     tracing: Tracing | None = None
+
+    @classmethod
+    def of(cls, config: DoorConfig, keys: KeyRing, tracing: Tracing | None) -> Door:
+        return cls(
+            keys=keys,
+            open_metrics=config.open_metrics,
+            cors_origins=config.cors_origins,
+            log_prompts=config.log_prompts,
+            tracing=tracing,
+        )
 
     def guard(self, app: FastAPI, metrics: Metrics) -> None:
         """Put the middlewares around `app`: the account sees all, CORS also sees refusals."""

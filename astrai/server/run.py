@@ -11,12 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 import astrai
-from astrai.config import EngineConfig
+from astrai.config import DoorConfig, EngineConfig
 from astrai.inference.async_engine import AsyncEngine
+from astrai.observe.logs import configure
+from astrai.server.keys import KeyRing, check_tls
+
+if TYPE_CHECKING:
+    from astrai.observe.tracing import Tracing
 
 EXIT_ENGINE_LOST = 70
 _LAST_BYTES_SECONDS = 2  # for connections whose client does not take the end of its answer
@@ -31,7 +37,7 @@ def serve(
     names: Sequence[str],
     max_body_bytes: int,
     drain_seconds: int,
-    access_log: bool,
+    door: DoorConfig,
     tool_parser: str,
     reasoning_parser: str,
     request_timeout: float | None,
@@ -41,15 +47,20 @@ def serve(
 
     The engine has a process of its own unless `in_process`. Returns the exit code: 0 after a
     drain, 1 if a second signal cut it short, EXIT_ENGINE_LOST if the engine could not be kept
-    alive. Raises OSError, naming host and port, before the model is loaded if the port is not
-    free.
+    alive. Before the model is loaded it raises OSError, naming host and port, if the port is not
+    free, and ValueError, OSError or ImportError, naming the flag, if the door cannot be had.
     """
     started = time.perf_counter()
+    keys, tracing = KeyRing.gather(door.api_keys, door.api_key_file), _tracing(door)
+    check_tls(door)
+    logs = configure(door.log_format, door.log_level, prompts=door.log_prompts)
     with _bind(host, port) as listener:
         port = listener.getsockname()[1]
         print(f"AstrAI {astrai.__version__}: loading {config.model}", flush=True)
         engine = _engine(config, in_process)
         from astrai.server.app import create_app
+        from astrai.server.chat import ChatFormat
+        from astrai.server.door import Door
 
         served = tuple(names) or tuple(dict.fromkeys((engine.model_name, config.model)))
         app = create_app(
@@ -59,16 +70,23 @@ def serve(
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
             request_timeout=request_timeout,
+            door=Door.of(door, keys, tracing),
         )
 
         def ready() -> None:
             seconds = time.perf_counter() - started
-            print("\n".join(_ready_lines(engine, served[0], host, port, seconds)), flush=True)
+            parsers = ChatFormat(engine.tokenizer, tool_parser, reasoning_parser).line()
+            lines = _ready_lines(engine, served[0], _url(host, port, door), seconds, parsers)
+            print("\n".join(lines), flush=True)
 
         options = uvicorn.Config(
             app,
-            log_level="info" if access_log else "warning",
-            access_log=access_log,
+            http=_protocol(),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ssl_certfile=door.tls_cert,
+            ssl_keyfile=door.tls_key,
             timeout_keep_alive=60,
             timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
         )
@@ -77,8 +95,28 @@ def serve(
             server.run(sockets=[listener])
         except OSError as error:
             raise _taken(error, host, port) from None
+    if tracing is not None:
+        tracing.shutdown()
+    logs.close()
     print(server.account(), file=sys.stderr, flush=True)
     return server.exit_code
+
+
+def _tracing(door: DoorConfig) -> Tracing | None:
+    if door.otlp_endpoint is None:
+        return None
+    from astrai.observe.tracing import Tracing
+
+    return Tracing.to_endpoint(door.otlp_endpoint)
+
+
+def _protocol() -> Any:
+    """Bounded heads, where the fast parser is installed; the other one has its own bound."""
+    try:
+        from astrai.server.connection import Connection
+    except ImportError:
+        return "h11"
+    return Connection
 
 
 def _engine(config: EngineConfig, in_process: bool) -> AsyncEngine:
@@ -203,12 +241,18 @@ def _taken(error: OSError, host: str, port: int) -> OSError:
     return OSError(f"{host}:{port}: {error.strerror or error}")
 
 
-def _ready_lines(engine: AsyncEngine, name: str, host: str, port: int, seconds: float) -> list[str]:
-    config = engine.config
+def _url(host: str, port: int, door: DoorConfig) -> str:
+    """Where a client on this machine reaches the server."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
     if ":" in reachable:
         reachable = f"[{reachable}]"
-    url = f"http://{reachable}:{port}"
+    return f"{'http' if door.tls_cert is None else 'https'}://{reachable}:{port}"
+
+
+def _ready_lines(
+    engine: AsyncEngine, name: str, url: str, seconds: float, parsers: str
+) -> list[str]:
+    config = engine.config
     slots = (
         f"slots    {config.max_slots:8d}      context {engine.max_model_len} tokens, "
         f"pages of {config.page_size}"
@@ -216,6 +260,7 @@ def _ready_lines(engine: AsyncEngine, name: str, host: str, port: int, seconds: 
     return [
         *engine.budget.lines(),
         slots,
+        *([f"chat     {parsers}"] if engine.tokenizer.chat_template is not None else []),
         f"ready in {seconds:.1f} s: {url}/v1",
         "",
         "Try:",

@@ -43,12 +43,13 @@ def test_a_json_line_has_the_fields_of_its_record() -> None:
     fields = {"request_id": "r1", "seconds": 0.25, "text": 'a "b"\nc'}
     logging.getLogger("astrai.request").info("request", extra={"fields": fields})
     logging.getLogger("astrai.request").debug("not asked for")
-    logging.getLogger("uvicorn.error").info("Started %s", "here")
+    logging.getLogger("uvicorn.error").info("Started")
+    logging.getLogger("uvicorn.error").warning("Invalid %s", "request")
     logging.getLogger("somebody.else").info("chatter")
     first, second = (json.loads(line) for line in written(handler, stream))
     assert first.items() >= {**fields, "level": "info", "logger": "astrai.request"}.items()
     assert first["time"].endswith("Z")
-    assert second["message"] == "Started here"
+    assert second["message"] == "Invalid request"
 
 
 def test_a_text_line_is_one_line_even_if_the_message_is_not() -> None:

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from astrai.observe.tracing import Tracing
 from astrai.server.access import Access
 from astrai.server.door import Door
-from astrai.server.guard import KeyRing
+from astrai.server.keys import KeyRing
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import serving, wait_for
 

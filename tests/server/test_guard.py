@@ -12,7 +12,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from astrai.server import errors
 from astrai.server.errors import ApiError
-from astrai.server.guard import BodyLimits, Guard, KeyRing, check_body, namespace_of
+from astrai.server.guard import BodyLimits, Guard, check_body, namespace_of
+from astrai.server.keys import KeyRing
 
 ALICE, BOB = "alice-secret", "bob-secret-1"
 
