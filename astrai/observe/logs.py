@@ -170,12 +170,13 @@ def configure(
     root.addHandler(handler)
     root.setLevel(logging.WARNING)  # other people's libraries
     logging.getLogger("astrai").setLevel(level.upper())
-    # Its infos say that it starts and stops, which `serve` says itself.
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
     # Their own handlers would write a second line, and the access log a second line per request.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+        logger.setLevel(logging.NOTSET)
     logging.getLogger("uvicorn.access").disabled = True
+    # Its infos say that it starts and stops, which `serve` says itself.
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
     return handler
