@@ -319,7 +319,8 @@ class Scheduler:
             self._end(task, "error", error=outcome.error)
             return
         if entry.epoch == task.epoch and task.slot >= 0:
-            task.prompt_logprobs += outcome.prompt_logprobs
+            if outcome.prompt_logprobs:
+                task.prompt_logprobs += outcome.prompt_logprobs
             if outcome.pooled:
                 task.pooled.append(outcome.pooled)
         if entry.samples:
@@ -467,6 +468,8 @@ class Scheduler:
 
     def _grow(self, task: Task, plan: Plan) -> bool:
         """A page for the next position, if need be the youngest task's; False if that is `task`."""
+        if task.computed < len(task.page_table) * self.books.page_size:
+            return True
         while not self.books.grow(task, task.computed + 1):
             victim = max(self.running.values(), key=lambda other: other.key)
             self._preempt(victim, task, plan)

@@ -173,7 +173,7 @@ class Task:
     @property
     def must_read(self) -> bool:
         """What may follow depends on a token that the host does not know yet."""
-        return self.params.structured is not None and self.pending > 0
+        return self.pending > 0 and self.params.structured is not None
 
     @property
     def samples_nothing(self) -> bool:
@@ -195,12 +195,12 @@ class Task:
     @property
     def prefilling(self) -> bool:
         """Its next entry is a prefill chunk: the prompt, or what a preemption threw away."""
-        return self.computed < self.n_prompt or self.wanted > 1
+        return self.computed < self.n_prompt or len(self.tokens) + self.pending > self.computed + 1
 
     @property
     def exhausted(self) -> bool:
         """Everything it may say is said or on its way."""
-        return self.n_output + self.pending >= self.max_tokens
+        return len(self.tokens) + self.pending >= self.n_prompt + self.max_tokens
 
     def timings(self) -> Timings:
         """Of an ended task: nothing in it changes any more."""
