@@ -12,6 +12,7 @@ from astrai.inference.sampler import Sampler, SampleRow
 from astrai.inference.sampling_params import SamplingParams
 from astrai.kernels.triton.elementwise import embed, rms_norm, scatter, silu_mul
 from astrai.kernels.triton.matvec import matvec
+from astrai.kernels.triton.product import Tile, add_norm, part_numbers, product, tile_of
 from astrai.kernels.triton.sampling import SamplingScratch, sample
 
 
@@ -106,3 +107,43 @@ def test_sampling_reports_what_is_not_finite() -> None:
     assert tokens[0] == logits[0].argmax() and tops[0] == logits[0].max()
     assert tops[1].isnan() and 0 <= tokens[1] < 700
     assert positions.tolist() == [5, -1]  # padding stays where it is
+
+
+@pytest.mark.parametrize("n_rows", [2, 19, 40, 70])
+@pytest.mark.parametrize("silu", [False, True])
+def test_product_of_rows(n_rows: int, silu: bool) -> None:
+    torch.manual_seed(0)
+    n, k = 48, 80  # no multiple of a tile's sides
+    x, weight = torch.randn(n_rows, k), torch.randn(2 * n if silu else n, k)
+    bias, out = torch.randn(len(weight)), torch.full((n_rows, n), float("nan"))
+    tile = tile_of(n_rows, n, k, silu)
+    assert tile is not None
+    product(x, weight, out, tile, bias=bias, silu=silu)
+    expected = F.linear(x, weight, bias)
+    if silu:
+        gate, up = expected.chunk(2, dim=1)
+        expected = F.silu(gate) * up
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_rows", [3, 33, 200])
+def test_parts_of_a_product_onto_the_residual_stream(n_rows: int) -> None:
+    torch.manual_seed(0)
+    n, k, eps = 40, 1100, 1e-5
+    x, weight, bias, gain = torch.randn(n_rows, k), torch.randn(n, k), torch.randn(n), torch.rand(n)
+    hidden, out = torch.randn(n_rows, n), torch.full((n_rows, n), float("nan"))
+    expected = hidden + F.linear(x, weight, bias)
+    tile = tile_of(n_rows, n, k, parts=True)
+    assert tile is not None and tile.split > 1
+    assert tile.split * n_rows * n <= part_numbers(n, k)
+    parts = torch.full((tile.split, n_rows, n), float("nan"))
+    product(x, weight, parts, tile)
+    add_norm(parts, hidden, gain, out, eps, bias=bias)
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out, F.rms_norm(expected, (n,), gain, eps), rtol=1e-4, atol=1e-3)
+
+
+def test_product_refuses_a_tile_of_other_parts() -> None:
+    tile = Tile(16, 64, 32, 2, 4, 3, swap=False)
+    with pytest.raises(ValueError, match="expected equal parts"):
+        product(torch.zeros(2, 64), torch.zeros(4, 64), torch.zeros(2, 4), tile)

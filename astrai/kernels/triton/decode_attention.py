@@ -29,6 +29,7 @@ from astrai.kernels.triton.heads import (
     turn_heads,
     wait_for_inputs,
 )
+from astrai.kernels.triton.launch import launch
 
 # Partial results that the last arriver reads at once.
 _WIDE = 8
@@ -49,20 +50,22 @@ class Tuning(NamedTuple):
     ahead: bool
 
 
-# As measured. Few rows: few programs, each with its own start-up, and latency counts. Many rows:
-# several turns per multiprocessor even out its pace, and bytes in flight count.
+# As measured. One row: few programs, each with its own start-up, and latency counts. Many rows: as
+# many programs of one warp as a multiprocessor holds at once. Warps that never wait for each other
+# keep more bytes in flight than shared steps do.
 _MANY = 1 << 30
 _TUNINGS = {
     64: (
         Tuning(1, 64, 4, 3, 1, True),
-        Tuning(16, 64, 4, 3, 2, True),
-        Tuning(_MANY, 64, 4, 3, 12, False),
+        Tuning(8, 32, 1, 2, 4, False),
+        Tuning(16, 32, 1, 2, 6, False),
+        Tuning(_MANY, 32, 1, 2, 8, False),
     ),
     128: (
         Tuning(1, 64, 4, 3, 1, True),
-        Tuning(16, 64, 4, 3, 2, True),
-        Tuning(96, 16, 2, 3, 6, False),
-        Tuning(_MANY, 16, 2, 3, 18, False),
+        Tuning(4, 64, 2, 2, 3, True),
+        Tuning(32, 16, 1, 2, 8, True),
+        Tuning(_MANY, 16, 1, 2, 8, False),
     ),
     256: (Tuning(16, 32, 4, 3, 2, True), Tuning(_MANY, 16, 4, 3, 6, False)),
 }
@@ -184,7 +187,7 @@ def plan_decode(
     """
     n_rows = positions.shape[0]
     n_programs = shape.programs(n_rows)
-    _plan_kernel[(triton.cdiv(n_programs, _PLANNED),)](
+    launch(_plan_kernel, (triton.cdiv(n_programs, _PLANNED),))(
         positions,
         slots,
         plan.ends,
@@ -509,7 +512,7 @@ def decode_attention(
     """
     s, tuning = shape, shape.tuning(len(positions))
     cosines, sines = rope if rope is not None else (qkv, qkv)
-    _decode_kernel[(len(plan.shares),)](
+    launch(_decode_kernel, (len(plan.shares),))(
         qkv, out, pages, tables, slots, positions, plan.ends, plan.shares,
         q_weight if q_weight is not None else qkv, k_weight if k_weight is not None else qkv,
         cosines, sines, s.sums, s.peaks, s.masses, s.counters,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astrai.kernels.triton.heads import release_next, wait_for_inputs
+from astrai.kernels.triton.launch import launch
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def rms_norm(
     """out[i] = norm(x[i]) * weight, or of x[rows[i]] (int32); [T, size], in float32 inside."""
     size = x.shape[1]
     padded = triton.next_power_of_2(size)
-    _rms_norm_kernel[(out.shape[0],)](
+    launch(_rms_norm_kernel, (out.shape[0],))(
         x, rows if rows is not None else x, weight, out, eps,
         SIZE=size, PADDED=padded, PICK=rows is not None, PDL=pdl,
         num_warps=4 if padded <= 2048 else 8, launch_pdl=pdl,
@@ -62,7 +63,7 @@ def _silu_mul_kernel(
 def silu_mul(gate_up: Tensor, out: Tensor, pdl: bool = False) -> None:
     """out = silu(gate) * up with gate_up [T, 2 * size], out [T, size]."""
     n_rows, size = out.shape
-    _silu_mul_kernel[(n_rows, triton.cdiv(size, 1024))](
+    launch(_silu_mul_kernel, (n_rows, triton.cdiv(size, 1024)))(
         gate_up, out, SIZE=size, BLOCK=1024, PDL=pdl,
         num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
@@ -98,7 +99,7 @@ def embed(
     twice reads the same token twice. tokens, slots, positions: int32 [T].
     """
     n_rows, size = out.shape
-    _embed_kernel[(n_rows, triton.cdiv(size, 1024))](
+    launch(_embed_kernel, (n_rows, triton.cdiv(size, 1024)))(
         table, tokens, slots, positions, last, out,
         SIZE=size, BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
@@ -116,4 +117,4 @@ def _scatter_kernel(
 
 def scatter(state: Tensor, updates: Tensor, n: int) -> None:
     """state[updates[i, 0]] = updates[i, 1] for i < n; all int32, no place twice."""
-    _scatter_kernel[(triton.cdiv(n, 1024),)](state, updates, n, BLOCK=1024, num_warps=4)
+    launch(_scatter_kernel, (triton.cdiv(n, 1024),))(state, updates, n, BLOCK=1024, num_warps=4)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astrai.kernels.triton.heads import release_next, wait_for_inputs
+from astrai.kernels.triton.launch import launch
 
 
 class Tiling(NamedTuple):
@@ -109,7 +110,7 @@ def matvec(
     if len(x) != 1 or len(out) != 1:
         raise ValueError(f"{tuple(x.shape) = }, {tuple(out.shape) = }, expected one row")
     t = tiling(n, size)
-    _matvec_kernel[(triton.cdiv(n, t.rows),)](
+    launch(_matvec_kernel, (triton.cdiv(n, t.rows),))(
         x,
         weight,
         bias if bias is not None else x,

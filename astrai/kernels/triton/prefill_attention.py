@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astrai.kernels.triton.heads import load_angles, load_gains, load_heads, turn_heads
+from astrai.kernels.triton.launch import launch
 
 # Query rows of one tile; `tiles` int32 [n_tiles, 4] holds (first row, first position, rows, slot).
 TILE = 64
@@ -94,7 +95,7 @@ def write_keys(
     n_heads = q_out.shape[1] // dim
     cosines, sines = rope if rope is not None else (qkv, qkv)
     heads = min(_HEADS, triton.next_power_of_2(n_heads))
-    _write_kernel[(qkv.shape[0], triton.cdiv(n_heads, heads))](
+    launch(_write_kernel, (qkv.shape[0], triton.cdiv(n_heads, heads)))(
         qkv,
         q_out,
         pages,
@@ -205,7 +206,7 @@ def prefill_attention(
     n_heads = q.shape[1] // dim
     if dim > 128:
         block = min(block, 32)
-    _prefill_kernel[(n_tiles, n_heads)](
+    launch(_prefill_kernel, (n_tiles, n_heads))(
         q,
         out,
         pages,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astrai.kernels.triton.heads import release_next, wait_for_inputs
+from astrai.kernels.triton.launch import launch
 
 _CHUNK = 2048
 
@@ -165,11 +166,11 @@ def sample(
         "VOCAB": s.vocab_size, "CHUNK": _CHUNK, "N_CHUNKS": s.n_chunks, "PDL": pdl,
         "num_warps": 4, "launch_pdl": pdl,
     }  # fmt: skip
-    _peaks_kernel[(n_rows, s.n_chunks)](logits, s.peaks, s.best, **shared)
-    _masses_kernel[(n_rows, s.n_chunks)](
+    launch(_peaks_kernel, (n_rows, s.n_chunks))(logits, s.peaks, s.best, **shared)
+    launch(_masses_kernel, (n_rows, s.n_chunks))(
         logits, temperatures, slots, s.peaks, s.masses, s.scale, CHUNKS=chunks, **shared
     )
-    _pick_kernel[(n_rows,)](
+    launch(_pick_kernel, (n_rows,))(
         logits, temperatures, seeds, slots, positions, last, s.peaks, s.best,
         s.masses, tokens, tops, s.scale, CHUNKS=chunks, **shared,
     )  # fmt: skip
