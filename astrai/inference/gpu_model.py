@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from astrai.kernels.triton.decode_attention import (
 from astrai.kernels.triton.elementwise import embed, rms_norm, silu_mul
 from astrai.kernels.triton.matvec import matvec
 from astrai.kernels.triton.prefill_attention import prefill_attention, write_keys
+from astrai.kernels.triton.product import Tile, add_norm, part_numbers, product, tile_of
 from astrai.models.config import ModelConfig
 from astrai.models.decoder import Decoder
 
@@ -73,6 +75,7 @@ class GpuModel:
             )
             for i, layer in enumerate(decoder.layers)
         ]  # fmt: skip
+        self._next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         reach = min(c.max_positions, state.width * kv.page_size)
         inverse, factor = c.rope.frequencies(c.head_dim)
         angles = torch.outer(torch.arange(reach, dtype=torch.float32), inverse)
@@ -82,6 +85,8 @@ class GpuModel:
         )
         capability = torch.cuda.get_device_capability(self.device) if self._on_gpu else (0, 0)
         self.pdl = capability >= (9, 0)
+        # The tiles are for numbers of two bytes, as the matrix units take them.
+        self._fused = self.dtype.itemsize == 2 or not self._on_gpu
         self._scratch(kv, state.max_slots)
 
     @property
@@ -100,28 +105,31 @@ class GpuModel:
             name: torch.zeros(max_rows, width, dtype=self.dtype, device=self.device)
             for name, width in _widths(c).items()
         }
+        self._parts = torch.zeros(_part_numbers(c), device=self.device)
 
     def decode(self, rows: Rows) -> Tensor:
         """Logits [R, vocab_size] of one new position per row; the next call overwrites them."""
         n, pdl = len(rows.slots), self.pdl
-        hidden = self._buffers["hidden"][:n]
+        buffers = {name: buffer[:n] for name, buffer in self._buffers.items()}
+        hidden, logits = buffers["hidden"], buffers["logits"]
         embed(self.embedding, rows.tokens, rows.slots, rows.positions, self.state.last, hidden)
         plans = {
             window: plan_decode(self.attention, rows.positions, rows.slots, plan, window, pdl)
             for window, plan in self._plans.items()
         }
-        step = self._vector_layer if n == 1 else self._matrix_layer
-        for layer in self.layers:
-            step(layer, rows, plans[layer.window], hidden)
-        logits = self._buffers["logits"][:n]
-        eps = self.config.rms_norm_eps
         if n == 1:
-            head = self.head
+            for layer in self.layers:
+                self._vector_layer(layer, rows, plans[layer.window], buffers)
+            head, eps = self.head, self.config.rms_norm_eps
             matvec(hidden, head.weight, logits, bias=head.bias, norm=self.norm, eps=eps, pdl=pdl)
         else:
-            normed = self._buffers["normed"][:n]
-            rms_norm(hidden, self.norm, normed, eps, pdl=pdl)
-            _product(self.head, normed, logits)
+            self._matrix_layers(
+                buffers,
+                lambda layer: self._attend(
+                    layer, rows, plans[layer.window], buffers["qkv"], buffers["attended"]
+                ),
+            )
+            _product(self.head, buffers["normed"], logits)
         return logits
 
     def _attend(
@@ -134,10 +142,12 @@ class GpuModel:
             eps=self.config.rms_norm_eps, window=layer.window, pdl=self.pdl,
         )  # fmt: skip
 
-    def _vector_layer(self, layer: _Layer, rows: Rows, plan: DecodePlan, hidden: Tensor) -> None:
-        n, pdl, eps = len(hidden), self.pdl, self.config.rms_norm_eps
-        qkv, attended = self._buffers["qkv"][:n], self._buffers["attended"][:n]
-        acted = self._buffers["acted"][:n]
+    def _vector_layer(
+        self, layer: _Layer, rows: Rows, plan: DecodePlan, buffers: Mapping[str, Tensor]
+    ) -> None:
+        pdl, eps = self.pdl, self.config.rms_norm_eps
+        hidden, qkv = buffers["hidden"], buffers["qkv"]
+        attended, acted = buffers["attended"], buffers["acted"]
         linear = layer.qkv
         matvec(
             hidden, linear.weight, qkv, bias=linear.bias, norm=layer.input_norm, eps=eps, pdl=pdl
@@ -153,31 +163,69 @@ class GpuModel:
         linear = layer.down
         matvec(acted, linear.weight, hidden, bias=linear.bias, add=True, pdl=pdl)
 
-    def _matrix_layer(self, layer: _Layer, rows: Rows, plan: DecodePlan, hidden: Tensor) -> None:
-        n, pdl, eps = len(hidden), self.pdl, self.config.rms_norm_eps
-        buffers = {name: buffer[:n] for name, buffer in self._buffers.items()}
-        rms_norm(hidden, layer.input_norm, buffers["normed"], eps, pdl=pdl)
-        _product(layer.qkv, buffers["normed"], buffers["qkv"])
-        self._attend(layer, rows, plan, buffers["qkv"], buffers["attended"])
-        _add_product(layer.output, buffers["attended"], hidden)
-        rms_norm(hidden, layer.mlp_norm, buffers["normed"], eps, pdl=pdl)
-        _product(layer.gate_up, buffers["normed"], buffers["gate_up"])
-        silu_mul(buffers["gate_up"], buffers["acted"], pdl=pdl)
-        _add_product(layer.down, buffers["acted"], hidden)
+    def _matrix_layers(
+        self, buffers: Mapping[str, Tensor], attend: Callable[[_Layer], None]
+    ) -> None:
+        """From embeddings in `hidden` to the final norm of the last layer in `normed`.
+
+        attend: from `qkv` to `attended`.
+        """
+        hidden, normed = buffers["hidden"], buffers["normed"]
+        rms_norm(hidden, self.layers[0].input_norm, normed, self.config.rms_norm_eps, pdl=self.pdl)
+        for layer, next_norm in zip(self.layers, self._next_norms):
+            self._multiply(layer.qkv, normed, buffers["qkv"])
+            attend(layer)
+            self._add(layer.output, buffers["attended"], hidden, layer.mlp_norm, normed)
+            self._gate(layer.gate_up, normed, buffers)
+            self._add(layer.down, buffers["acted"], hidden, next_norm, normed)
+
+    def _tile(
+        self, n_rows: int, linear: DenseLinear, silu: bool = False, parts: bool = False
+    ) -> Tile | None:
+        n, k = linear.weight.shape
+        return tile_of(n_rows, n // 2 if silu else n, k, silu, parts) if self._fused else None
+
+    def _multiply(self, linear: DenseLinear, x: Tensor, out: Tensor) -> None:
+        if (tile := self._tile(len(x), linear)) is None:
+            _product(linear, x, out)
+        else:
+            product(x, linear.weight, out, tile, bias=linear.bias, pdl=self.pdl)
+
+    def _gate(self, linear: DenseLinear, x: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """acted = silu(gate) * up."""
+        acted = buffers["acted"]
+        if (tile := self._tile(len(x), linear, silu=True)) is None:
+            _product(linear, x, buffers["gate_up"])
+            silu_mul(buffers["gate_up"], acted, pdl=self.pdl)
+        else:
+            product(x, linear.weight, acted, tile, bias=linear.bias, silu=True, pdl=self.pdl)
+
+    def _add(
+        self, linear: DenseLinear, x: Tensor, hidden: Tensor, gain: Tensor, normed: Tensor
+    ) -> None:
+        """The product goes onto `hidden`, whose norm goes to `normed`."""
+        pdl, eps = self.pdl, self.config.rms_norm_eps
+        (n, size), weight = hidden.shape, linear.weight
+        if (tile := self._tile(n, linear, parts=True)) is None:
+            hidden.addmm_(x, weight.t())
+            if linear.bias is not None:
+                hidden.add_(linear.bias)
+            rms_norm(hidden, gain, normed, eps, pdl=pdl)
+        else:
+            parts = self._parts[: tile.split * n * size].view(tile.split, n, size)
+            product(x, weight, parts, tile, pdl=pdl)
+            add_norm(parts, hidden, gain, normed, eps, bias=linear.bias, pdl=pdl)
 
     def prefill(self, rows: Rows, tiles: Tensor, n_tiles: int) -> Tensor:
         """Residual stream [T, hidden_size] after the last layer; see `logits`."""
-        c, n, eps = self.config, len(rows.slots), self.config.rms_norm_eps
-        tables = self.state.tables
-        hidden = self._new(n, c.hidden_size)
+        n, eps, tables = len(rows.slots), self.config.rms_norm_eps, self.state.tables
+        widths = _widths(self.config)
+        buffers = {name: self._new(n, width) for name, width in widths.items() if name != "logits"}
+        hidden, qkv, attended = buffers["hidden"], buffers["qkv"], buffers["attended"]
+        queries = self._new(n, widths["attended"])
         embed(self.embedding, rows.tokens, rows.slots, rows.positions, self.state.last, hidden)
-        normed = self._new(n, c.hidden_size)
-        qkv = self._new(n, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
-        queries, attended = (self._new(n, c.n_heads * c.head_dim) for _ in range(2))
-        gate_up, acted = self._new(n, 2 * c.intermediate_size), self._new(n, c.intermediate_size)
-        for layer in self.layers:
-            rms_norm(hidden, layer.input_norm, normed, eps)
-            _product(layer.qkv, normed, qkv)
+
+        def attend(layer: _Layer) -> None:
             write_keys(
                 qkv, queries, layer.pages, tables, rows.slots, rows.positions,
                 q_weight=layer.q_norm, k_weight=layer.k_norm,
@@ -186,20 +234,21 @@ class GpuModel:
             prefill_attention(
                 queries, attended, layer.pages, tables, tiles, n_tiles, window=layer.window
             )
-            _add_product(layer.output, attended, hidden)
-            rms_norm(hidden, layer.mlp_norm, normed, eps)
-            _product(layer.gate_up, normed, gate_up)
-            silu_mul(gate_up, acted)
-            _add_product(layer.down, acted, hidden)
+
+        self._matrix_layers(buffers, attend)
         return hidden
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """[R, vocab_size] of the rows (int32 [R]) of what `prefill` returned."""
+        out = self._new(len(rows), self.config.vocab_size)
+        _product(self.head, self.normed(hidden, rows), out)
+        return out
+
+    def normed(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """[R, hidden_size] after the final norm, of the rows (int32 [R]) of what `prefill` gave."""
         normed = self._new(len(rows), self.config.hidden_size)
         rms_norm(hidden, self.norm, normed, self.config.rms_norm_eps, rows=rows)
-        out = self._new(len(rows), self.config.vocab_size)
-        _product(self.head, normed, out)
-        return out
+        return normed
 
     def _new(self, rows: int, width: int) -> Tensor:
         return torch.empty(rows, width, dtype=self.dtype, device=self.device)
@@ -215,7 +264,7 @@ def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chun
     step = sum(widths.values())
     chunk = step - widths["logits"] + widths["attended"]  # queries stand beside what they attended
     sampled = max_slots * widths["logits"]
-    scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size
+    scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size + 4 * _part_numbers(config)
     return itemsize * (max_slots * step + max_chunk * chunk + sampled) + scratch
 
 
@@ -232,6 +281,12 @@ def _widths(c: ModelConfig) -> dict[str, int]:
     }
 
 
+def _part_numbers(c: ModelConfig) -> int:
+    """Numbers of the largest parts of a product that goes onto the residual stream."""
+    sums = (c.n_heads * c.head_dim, c.intermediate_size)
+    return max(part_numbers(c.hidden_size, k) for k in sums)
+
+
 def _dense(linear: Linear) -> DenseLinear:
     if not isinstance(linear, DenseLinear):
         raise TypeError(f"{type(linear).__name__}: the GPU path multiplies plain weights only")
@@ -243,9 +298,3 @@ def _product(linear: DenseLinear, x: Tensor, out: Tensor) -> None:
         torch.mm(x, linear.weight.t(), out=out)
     else:
         torch.addmm(linear.bias, x, linear.weight.t(), out=out)
-
-
-def _add_product(linear: DenseLinear, x: Tensor, onto: Tensor) -> None:
-    onto.addmm_(x, linear.weight.t())
-    if linear.bias is not None:
-        onto.add_(linear.bias)

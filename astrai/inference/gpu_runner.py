@@ -14,11 +14,12 @@ from torch import Tensor
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.gpu_model import GpuModel, Rows
 from astrai.inference.gpu_state import SlotState, Staging
-from astrai.inference.runner import looks_back, outcome_of, sample_row
+from astrai.inference.runner import looks_back, outcome_of, pooled, sample_row
 from astrai.inference.sampler import Draws, Sampler
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, TokenLogprob
 from astrai.kernels.triton.elementwise import scatter
+from astrai.kernels.triton.launch import compile_ahead
 from astrai.kernels.triton.prefill_attention import TILE
 from astrai.kernels.triton.sampling import SamplingScratch, sample
 from astrai.models.decoder import Decoder
@@ -61,6 +62,7 @@ class GpuLaunch:
         self.drawn: list[_Drawn] = []
         self.slow: list[_Slow] = []
         self.scored: dict[int, list[TokenLogprob]] = {}
+        self.hidden: dict[int, Tensor] = {}  # states of the rows of entries that pool
         self._event = event
         self._outcomes: list[Outcome] | None = None
 
@@ -86,6 +88,8 @@ class GpuLaunch:
                 outcomes[place] = outcome_of(drawn)
         for place, scored in self.scored.items():
             outcomes[place] = outcomes[place]._replace(prompt_logprobs=scored)
+        for place, hidden in self.hidden.items():
+            outcomes[place] = pooled(hidden, self.entries[place])
         return outcomes
 
     def _read_fast(self, outcomes: list[Outcome]) -> None:
@@ -180,10 +184,21 @@ class GpuRunner:
         """Compile the kernels and capture the graphs a first short request needs."""
         if self.graphs:
             with torch.cuda.stream(self.stream), torch.inference_mode():
+                compile_ahead(self._launch_all)
                 self._decode_graph(1)
                 if self.max_chunk >= _CHUNK_BUCKETS[0]:
                     self._prefill_graph(_CHUNK_BUCKETS[0])
             torch.cuda.synchronize(self.device)
+
+    def _launch_all(self) -> None:
+        """What `warm` and the first uploads launch, on rows that stand nowhere."""
+        scatter(self.state.arena, self._steps.views["changes"], 1)
+        for name in ("positions", "tokens"):
+            self._steps.views[name].fill_(-1)
+        self._decode_rows(1)
+        bucket = min(_CHUNK_BUCKETS[0], self.max_chunk)
+        hidden = self._prefill_rows(bucket, _graph_tiles(bucket))
+        self._sample_ends(hidden, min(_CHUNK_ENDS, self.max_slots))
 
     def launch(self, plan: Plan) -> GpuLaunch:
         with torch.cuda.stream(self.stream), torch.inference_mode():
@@ -316,7 +331,9 @@ class GpuRunner:
         n_rows = sum(entry.n for entry in entries)
         if n_rows > self.max_chunk:
             raise ValueError(f"{n_rows} prefill positions in a plan, expected <= {self.max_chunk}")
-        scored = any(entry.task.wants_prompt_logprobs for entry in entries)
+        scored = any(
+            entry.task.wants_prompt_logprobs or entry.task.params.pooling for entry in entries
+        )
         bucket = 0
         if self.graphs and len(ends) <= _CHUNK_ENDS and not scored and len(chunks) <= _CHUNK_ENDS:
             bucket = next((b for b in _CHUNK_BUCKETS if n_rows <= b <= self.max_chunk), 0)
@@ -331,6 +348,7 @@ class GpuRunner:
             hidden = self._prefill_rows(n_rows, n_tiles)
             if scored:
                 self._score_prompts(launch, chunks, hidden)
+                self._keep_hidden(launch, chunks, hidden)
             if not ends:
                 return
             logits = self._sample_ends(hidden, len(ends))
@@ -411,6 +429,16 @@ class GpuRunner:
                 launch.scored[i] = scored
             first += n
 
+    def _keep_hidden(self, launch: GpuLaunch, chunks: list[int], hidden: Tensor) -> None:
+        """The states that pooling reads, normed, until the launch's event has passed."""
+        first = 0
+        for i in chunks:
+            entry = launch.entries[i]
+            if entry.task.params.pooling is not None:
+                rows = torch.arange(first, first + entry.n, dtype=torch.int32, device=self.device)
+                launch.hidden[i] = self.model.normed(hidden, rows)
+            first += entry.n
+
     # ── what the fast path does not do ──────────────────────────────────────────────────────────
 
     def _draw_slow(self, launch: GpuLaunch, places: list[int], logits: Tensor) -> None:
@@ -448,6 +476,7 @@ def _fast(params: SamplingParams) -> bool:
         and params.top_p == 1.0
         and params.min_p == 0.0
         and params.logprobs is None
+        and params.structured is None
         and not (params.penalised or params.logit_bias or params.min_tokens or params.bad_words)
     )
 
