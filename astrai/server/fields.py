@@ -148,6 +148,26 @@ def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     return {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": model.model_json_schema()}},
+            "content": {"application/json": {"schema": _inlined(model.model_json_schema())}},
         }
     }
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without references: theirs would be to the root of the OpenAPI document.
+
+    Ends because no body contains itself.
+    """
+    definitions = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if name := value.get("$ref"):
+            return inline(definitions[name.rsplit("/", 1)[1]])
+        return {key: inline(item) for key, item in value.items()}
+
+    inlined: dict[str, Any] = inline(schema)
+    return inlined

@@ -15,10 +15,12 @@ _CHAT_FIELDS = (
     "add_generation_prompt",
     "continue_final_message",
     "chat_template_kwargs",
-    "reasoning_effort",
 )
 
-LISTS = Lists(harmless=frozenset({"user"}), refused={"chat_template": (), "documents": ([],)})
+LISTS = Lists(
+    harmless=frozenset({"user"}),
+    refused={"chat_template": (), "documents": ([],), "reasoning_effort": ()},
+)
 
 
 class TokenizeRequest(Body):
@@ -33,7 +35,6 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
 
 
 class DetokenizeRequest(Body):
