@@ -87,12 +87,14 @@ const pool = {
         ctx.beginPath(); ctx.moveTo(x + edge, y); ctx.lineTo(x + edge, y + edge); ctx.lineTo(x, y + edge);
         ctx.fillStyle = colourOf(second) || style.soft; ctx.fill(); ctx.restore();
       }
-      if (cell.refs > 1 && edge >= 13) {
-        ctx.beginPath(); ctx.arc(x + edge / 2, y + edge / 2, Math.min(8, edge * 0.36), 0, 7);
-        ctx.fillStyle = style.card; ctx.fill();
-        ctx.fillStyle = style.ink; ctx.textAlign = "center"; ctx.textBaseline = "middle";
-        ctx.font = `700 ${Math.min(11, edge * 0.5)}px system-ui, sans-serif`;
-        ctx.fillText(cell.refs, x + edge / 2, y + edge / 2 + 0.5);
+      if (cell.refs > 1 && edge >= 10) {
+        const small = edge < 13, cx = x + edge / 2, cy = y + edge / 2;
+        ctx.textAlign = "center"; ctx.textBaseline = "middle";
+        ctx.font = `700 ${small ? 9 : Math.min(11, edge * 0.5)}px system-ui, sans-serif`;
+        if (small) { ctx.strokeStyle = style.card; ctx.lineWidth = 3; ctx.strokeText(cell.refs, cx, cy + 0.5); }
+        else { ctx.beginPath(); ctx.arc(cx, cy, Math.min(8, edge * 0.36), 0, 7); ctx.fillStyle = style.card; ctx.fill(); }
+        ctx.fillStyle = style.ink;
+        ctx.fillText(cell.refs, cx, cy + 0.5);
       } else if (cell.refs > 1) {
         box(); ctx.lineWidth = 1.2; ctx.strokeStyle = style.ink; ctx.stroke();
       } else if (edge >= 20 && first) {

@@ -67,10 +67,14 @@ const talk = {
     $("burst").disabled = true;
     say("Sending twelve sample requests");
     // Few calls with many prompts: a browser opens no more than six connections to a server.
-    const calls = [{ max_tokens: 60, asks: 4 }, { max_tokens: 160, asks: 4 }, { max_tokens: 110, asks: 2, n: 2 }];
-    const sends = calls.map(async ({ asks, ...call }, i) => {
-      await new Promise((resolve) => setTimeout(resolve, 350 * i));
-      const prompt = ASKS.slice(0, asks).map((ask) => `${SUBJECTS[i]}\n\n${ask}\n`);
+    // The later ones find the beginnings of the first in the cache; n: 2 branches off and copies.
+    const calls = [
+      { max_tokens: 60, subjects: [0, 1, 2] }, { max_tokens: 160, subjects: [0, 1, 2, 1, 0] },
+      { max_tokens: 110, subjects: [2, 0], n: 2 },
+    ];
+    const sends = calls.map(async ({ subjects, ...call }, i) => {
+      await new Promise((resolve) => setTimeout(resolve, 800 * i));
+      const prompt = subjects.map((subject, j) => `${SUBJECTS[subject]}\n\n${ASKS[(i + j) % ASKS.length]}\n`);
       return (await post("v1/completions", { ...call, prompt, temperature: 0.9 })).json();
     });
     const failed = (await Promise.allSettled(sends)).filter((done) => done.status === "rejected");
