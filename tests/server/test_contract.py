@@ -7,7 +7,9 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
+import httpx2
 import openai
 import pytest
 
@@ -224,6 +226,108 @@ def test_many_at_once_with_the_async_client(served: Served) -> None:
             model=served.model, prompt=f"{i} plus one is", max_tokens=4 + i, temperature=0
         )
         assert alone.choices[0].text == together[i]
+
+
+def test_scores_of_a_prompt_are_those_of_its_generation(served: Served) -> None:
+    """`echo` with max_tokens 0 gives each token the score it had when it was drawn."""
+    drawn = served.client.completions.create(
+        model=served.model, prompt="The sky", max_tokens=6, temperature=0, logprobs=0
+    )
+    text, scores = drawn.choices[0].text, drawn.choices[0].logprobs
+    assert scores is not None and scores.token_logprobs is not None
+    scored = served.client.completions.create(
+        model=served.model, prompt="The sky" + text, max_tokens=0, echo=True, logprobs=0
+    )
+    (choice,) = scored.choices
+    assert choice.text == "The sky" + text
+    assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+    assert choice.logprobs.text_offset is not None and choice.logprobs.tokens is not None
+    assert choice.logprobs.token_logprobs[0] is None
+    for offset, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
+        assert token.startswith("bytes:") or choice.text.startswith(token, offset)
+    if not isinstance(served.engine, FakeEngine):
+        last = choice.logprobs.token_logprobs[-len(scores.token_logprobs) :]
+        assert last == pytest.approx(scores.token_logprobs, abs=0.05)
+
+
+def test_embeddings(served: Served) -> None:
+    texts = ["The cat sat on the mat.", "A cat is on a mat.", "Interest rates rose again."]
+    reply = served.client.embeddings.create(model=served.model, input=texts)
+    vectors = [item.embedding for item in reply.data]
+    assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-3) for vector in vectors)
+    ids: Any = [served.engine.tokenizer.encode(text) for text in texts]
+    again = served.client.embeddings.create(model=served.model, input=ids, encoding_format="float")
+    assert reply.usage == again.usage
+    if isinstance(served.engine, FakeEngine):
+        return
+
+    def alike(i: int, j: int) -> float:
+        return sum(a * b for a, b in zip(vectors[i], again.data[j].embedding, strict=True))
+
+    assert alike(0, 0) > 0.999
+    assert alike(0, 1) > alike(0, 2)
+
+
+def test_a_response(served: Served) -> None:
+    asked: dict[str, Any] = {
+        "model": served.model, "input": HI, "max_output_tokens": 12, "temperature": 0,
+    }  # fmt: skip
+    whole = served.client.responses.create(**asked)
+    chat = served.client.chat.completions.create(
+        model=served.model, messages=HI, max_tokens=12, temperature=0
+    )
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.usage is not None and chat.usage is not None
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    text = ""
+    for event in served.client.responses.create(**asked, stream=True):
+        if event.type == "response.output_text.delta":
+            text += event.delta
+    assert text == whole.output_text
+    assert event.type in ("response.completed", "response.incomplete")
+
+
+def test_a_message(served: Served) -> None:
+    client = anthropic.Anthropic(
+        base_url=served.url,
+        api_key="none",
+        max_retries=0,
+        http_client=httpx2.Client(trust_env=False),
+    )
+    asked: dict[str, Any] = {
+        "model": served.model, "messages": HI, "max_tokens": 12, "extra_body": {"temperature": 0},
+    }  # fmt: skip
+    whole = client.messages.create(**asked)
+    chat = served.client.chat.completions.create(
+        model=served.model, messages=HI, max_tokens=12, temperature=0
+    )
+    (block,) = whole.content
+    assert block.type == "text" and block.text == chat.choices[0].message.content
+    with client.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == block.text
+    counted = client.messages.count_tokens(model=served.model, messages=HI)
+    assert chat.usage is not None and counted.input_tokens == chat.usage.prompt_tokens
+    if not isinstance(served.engine, FakeEngine):
+        word = block.text.split()[0]
+        stopped = client.messages.create(**asked, stop_sequences=[word])
+        assert stopped.stop_reason == "stop_sequence" and stopped.stop_sequence == word
+
+
+def test_tokens_there_and_back(served: Served) -> None:
+    http = httpx.Client(base_url=served.url, trust_env=False)
+    text = "Grüße, 世界 🙂!"
+    tokens = http.post("/tokenize", json={"prompt": text}).json()["tokens"]
+    assert tokens == served.engine.tokenizer.encode(text)
+    assert http.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == text
+
+
+def test_why_a_request_took_its_time(served: Served) -> None:
+    if isinstance(served.engine, FakeEngine):
+        pytest.skip("it emits no events")
+    reply = served.client.completions.create(model=served.model, prompt="One", max_tokens=2)
+    http = httpx.Client(base_url=served.url, trust_env=False)
+    assert http.get(f"/v1/requests/{reply.id}").json()["state"] == "ended"
+    assert http.get(f"/v1/requests/{reply.id}/why").json()["text"]
 
 
 def test_health(served: Served) -> None:
