@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from astrai.inference.events import EventLog
 from astrai.inference.grammar import Grammars
 from astrai.inference.intake import Limits
 from astrai.inference.link import Assembled, Budget, Deliver, Front
-from astrai.inference.recorder import Recorder
+from astrai.inference.recorder import record
 from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
 from astrai.inference.scheduler import Scheduler
@@ -55,7 +55,7 @@ def assemble(config: EngineConfig, deliver: Deliver) -> Assembled:
         slots, chunk, config.ageing_ticks, config.group_decode, config.batching
     )
     scheduler = Scheduler(planning, books, time.monotonic, events)
-    recorder = _recorder(config, scheduler, loaded, runner.depth)
+    recorder = record(config, scheduler, _about(loaded, runner.depth))
     limits = Limits(
         max_model_len, loaded.config.vocab_size, loaded.eos_token_ids, n_pages, config.page_size
     )
@@ -78,12 +78,9 @@ def assemble(config: EngineConfig, deliver: Deliver) -> Assembled:
     return Assembled(front, engine, recorder)
 
 
-def _recorder(
-    config: EngineConfig, scheduler: Scheduler, loaded: LoadedModel, depth: int
-) -> Recorder | None:
-    if config.record is None:
-        return None
-    about = {
+def _about(loaded: LoadedModel, depth: int) -> dict[str, Any]:
+    """What a recording says of the engine besides its configuration."""
+    return {
         "model": loaded.name,
         "dtype": loaded.precision,
         "device": str(loaded.decoder.device),
@@ -92,16 +89,6 @@ def _recorder(
         "head_dim": loaded.config.head_dim,
         "depth": depth,
     }
-    recorder = Recorder(
-        config.record,
-        scheduler,
-        about,
-        max_bytes=config.record_mib << 20,
-        max_files=config.record_files,
-        prompts=config.record_prompts,
-    )
-    scheduler.events.attach(recorder)
-    return recorder
 
 
 class _Decided(NamedTuple):

@@ -20,6 +20,7 @@ prefixes were equal, page by page, and cannot test a guess.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import astrai
+from astrai.config import EngineConfig
 from astrai.inference.events import KINDS
 from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import Task
@@ -51,6 +53,23 @@ TIMES = frozenset({"time", "began", "cleaned", "refilled", "prefilled", "ended"}
 REPEATS = frozenset({"decode", "groups"})
 _FLUSH_BYTES = 1 << 16
 _FLUSH_SECONDS = 1.0
+_KEPT = 3  # earlier recordings
+
+
+def record(config: EngineConfig, scheduler: Scheduler, about: Mapping[str, Any]) -> Recorder | None:
+    """Attach a recorder, if the configuration names a file. Raises OSError, naming the file."""
+    if config.record is None:
+        return None
+    recorder = Recorder(
+        config.record,
+        scheduler,
+        about,
+        max_bytes=config.record_mib << 20,
+        max_files=config.record_files,
+        prompts=config.record_prompts,
+    )
+    scheduler.events.attach(recorder)
+    return recorder
 
 
 def part_path(path: Path, part: int) -> Path:
@@ -74,8 +93,9 @@ class Recorder:
 
     Lines reach the operating system once a second, at every 64 KiB, when the loop runs out of work
     and at `close`: a process that is killed loses the last second at most. A part that reaches
-    `max_bytes` is followed by the next; of more than `max_files` parts the oldest is deleted. A
-    recording that is there already is kept once, under the name run.old.jsonl.
+    `max_bytes` is followed by the next; of more than `max_files` parts the oldest is deleted. The
+    three recordings before it at this path are kept, as run.old.jsonl (the last), run.old2.jsonl
+    and run.old3.jsonl.
 
     A full disk ends the recording, not the engine: `error` then says why, and so does one line of
     the log.
@@ -306,15 +326,16 @@ class Recorder:
 
 
 def _move_aside(path: Path) -> None:
-    """Keep one earlier recording: what led to a crash must outlive the restart."""
-    if not path.exists():
-        return
-    old = path.with_name(f"{path.stem}.old{path.suffix}")
-    for kept in _parts(old):
-        kept.unlink()
-    for part in _parts(path):
-        suffix = part.name.removeprefix(path.stem)
-        os.replace(part, path.with_name(f"{path.stem}.old{suffix}"))
+    """Keep the last recordings: what led to a crash must outlive the restarts."""
+    names = [path] + [
+        path.with_name(f"{path.stem}.old{n}{path.suffix}") for n in ("", *range(2, _KEPT + 1))
+    ]
+    for part in _parts(names[-1]):
+        part.unlink()
+    for older, newer in itertools.pairwise(reversed(names)):
+        for part in _parts(newer):
+            suffix = part.name.removeprefix(newer.stem)
+            os.replace(part, part.with_name(f"{older.stem}{suffix}"))
 
 
 def _parts(path: Path) -> list[Path]:

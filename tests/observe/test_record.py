@@ -144,16 +144,18 @@ def test_rotation_goes_on_in_the_next_file_and_forgets_the_oldest(tmp_path: Path
     assert len(kept) == 2 and path not in kept
 
 
-def test_an_earlier_recording_is_kept_once(tmp_path: Path) -> None:
+def test_the_last_three_recordings_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     texts = []
-    for n in (2, 3, 4):
+    for n in (2, 3, 4, 2, 3):
         run(path, n, repeat=4, max_bytes=8000)
         texts.append({part.name: part.read_text() for part in tmp_path.glob("run*.jsonl")})
     assert set(texts[0]) >= {"run.jsonl", "run.1.jsonl"}
-    assert texts[2]["run.old.jsonl"] == texts[1]["run.jsonl"]
-    assert texts[2]["run.old.1.jsonl"] == texts[1]["run.1.jsonl"]
-    assert replay(Recording(tmp_path / "run.old.jsonl")).difference is None
+    for age, old in enumerate(("old", "old2", "old3"), 2):
+        for part in ("", ".1"):
+            assert texts[4][f"run.{old}{part}.jsonl"] == texts[5 - age][f"run{part}.jsonl"]
+        assert replay(Recording(tmp_path / f"run.{old}.jsonl")).difference is None
+    assert not list(tmp_path.glob("run.old4*"))
 
 
 def test_a_full_disk_ends_the_recording_with_one_line(
