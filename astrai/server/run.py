@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EXIT_ENGINE_LOST = 70
 _LAST_BYTES_SECONDS = 2  # for connections whose client does not take the end of its answer
+_SEND_BUFFER = 256 << 10  # bytes of a connection that the system holds for a slow client
 _DEAD_SECONDS = 60  # a client that takes nothing, not even a probe, for so long is gone
 
 
@@ -210,7 +211,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         if sys.platform != "win32":  # there it would share the port instead of reusing it
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _probe(listener)
+        _bound(listener)
         listener.bind(address)
     except OSError as error:
         listener.close()
@@ -218,12 +219,13 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _probe(listener: socket.socket) -> None:
-    """Have the system end connections whose other end is gone or takes nothing.
+def _bound(listener: socket.socket) -> None:
+    """What a connection may cost; accepted sockets inherit it.
 
-    Without it a client that vanished, or stopped reading, would keep its connection for ever.
-    Accepted sockets inherit these options.
+    The system ends one whose other end is gone or takes nothing, which else would stay for ever,
+    and holds a bounded number of bytes for a client that reads slowly, which else may be megabytes.
     """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", _DEAD_SECONDS // 2),

@@ -20,9 +20,14 @@ def serving(engine: Any, **options: Any) -> contextlib.AbstractContextManager[st
 
 
 @contextlib.contextmanager
-def serving_app(app: Any, **options: Any) -> Iterator[str]:
-    """The base URL of an app served over HTTP until the block ends; `options` are uvicorn's."""
+def serving_app(app: Any, *, send_buffer: int | None = None, **options: Any) -> Iterator[str]:
+    """The base URL of an app served over HTTP until the block ends; `options` are uvicorn's.
+
+    `send_buffer`: bytes that the system holds for a client that reads slowly.
+    """
     with socket.socket() as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, **options)

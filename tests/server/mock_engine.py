@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 
 from astrai.config import EngineConfig, SchedulerConfig
 from astrai.inference.cache.books import Books
@@ -49,6 +50,7 @@ def build(config: EngineConfig, deliver: Deliver) -> Assembled:
         raise FileNotFoundError(2, "No such file or directory", "no-such-model")
     n_pages = (config.kv_tokens or 64 * config.page_size) // config.page_size
     slots = config.max_slots or 8
+    config = replace(config, max_slots=slots)
     events = EventLog()
     books = Books(n_pages, config.page_size, config.prefix_cache, events)
     scheduler = Scheduler(SchedulerConfig(max_slots=slots), books, time.monotonic, events)
