@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from astrai.inference.cache.books import Books
 from astrai.inference.events import EventLog
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
+from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, Update
 
 VOCAB = 97
@@ -140,6 +142,27 @@ def make_task(
         priority=priority,
         index=index,
     )
+
+
+class FreeMatcher:
+    """Of a grammar that allows everything."""
+
+    eos_ids: tuple[int, ...] = ()
+
+    def advance(self, token: int) -> bool:
+        return False
+
+
+class SlowGrammars:
+    """A compiler of nothing: ready after a few questions, and now and then it refuses."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+
+    def matcher(self, structured: StructuredOutput) -> FreeMatcher | None:
+        if self.rng.random() < 0.1:
+            raise ValueError("grammar: refused")
+        return FreeMatcher() if self.rng.random() < 0.4 else None
 
 
 class Bench:

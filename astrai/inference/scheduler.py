@@ -368,6 +368,8 @@ class Scheduler:
         for sibling in leader.siblings:
             if sibling.finish_reason is None:
                 self._enqueue(sibling)
+                if sibling.gated and self.events:
+                    self.events.emit("wait", "grammar", sibling.id, self.n_waiting)
         leader.siblings = []
 
     def _end(

@@ -13,10 +13,11 @@ import sys
 import threading
 import traceback
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any, NamedTuple, TextIO, get_args
 
-LogFormat = Literal["json", "text"]
-LEVELS = ("debug", "info", "warning", "error")
+from astrai.config import LogFormat, LogLevel
+
+LEVELS = get_args(LogLevel)
 MAX_QUEUED = 10_000
 
 # These talk about requests, whose text may stand in the message of an exception: of an exception
@@ -145,10 +146,23 @@ class QueuedHandler(logging.Handler):
             self._n_failed += 1
 
 
+class LogSettings(NamedTuple):
+    format: LogFormat = "text"
+    level: LogLevel = "info"
+    prompts: bool = False
+
+
+_settings = LogSettings()
+
+
+def log_settings() -> LogSettings:
+    """What `configure` was last told, for a process started by this one."""
+    return _settings
+
+
 def configure(
     format: LogFormat = "text",
-    level: str = "info",
-    *,
+    level: LogLevel = "info",
     prompts: bool = False,
     stream: TextIO | None = None,
 ) -> QueuedHandler:
@@ -161,6 +175,8 @@ def configure(
     makers = {"json": JsonFormatter, "text": TextFormatter}
     if format not in makers:
         raise ValueError(f"log format {format!r}, expected one of {', '.join(makers)}")
+    global _settings
+    _settings = LogSettings(format, level, prompts)
     handler = QueuedHandler(stream or sys.stderr)
     handler.setFormatter(makers[format](prompts=prompts))
     root = logging.getLogger()

@@ -89,6 +89,8 @@ class Metrics:
         self._n_waiting = 0
         self._blocked: str | None = None  # why the head of the queue waits, if anybody waits
         self._queued: set[int] = set()  # in the queue: not the choices that their first holds back
+        self._gated: set[int] = set()  # beside the queue: each waits for its grammar
+        self._counted = True  # whether the waits of this tick are counted
         self._live: dict[int, _Live] = {}
         self._fresh: set[int] = set()  # live and without a first token
         self._decoding: dict[int, None] = {}  # the tasks of the last tick's decode step
@@ -108,12 +110,14 @@ class Metrics:
             "arrive": self._arrive,
             "refuse": self._refuse,
             "wait": self._wait,
+            "grammar": self._grammar,
             "admit": self._admit,
             "prefix": self._prefix,
             "evict": self._evict,
             "preempt": self._preempt,
             "first_token": self._on_first_token,
             "end": self._end,
+            "snapshot": self._snapshot,
         }
         self.registry.register(_Adapter(self))
 
@@ -135,6 +139,7 @@ class Metrics:
             if tick < self._tick:
                 self._restarted()
             self._tick = tick
+            self._counted = False
             decoded: list[int] = []
             prefilled: list[int] = []
             handlers = self._handlers
@@ -151,14 +156,23 @@ class Metrics:
 
     def _restarted(self) -> None:
         """Ticks begin anew: what lived in the old engine is gone, and nobody said how it ended."""
-        self._ends["error"] += len(self._live)
-        self._live.clear()
-        self._fresh.clear()
-        self._queued.clear()
+        self._forget(list(self._live))
         self._decoding.clear()
-        self._launched.clear()
         self._n_output_seen = self._n_running = self._n_waiting = 0
         self._last_time = None
+
+    def _snapshot(self, time: float, config: Any, tasks: list[dict[str, Any]], *rest: Any) -> None:
+        """Every task that lives: another engine's tasks ended unheard."""
+        self._forget(list(self._live.keys() - {task["task"] for task in tasks}))
+
+    def _forget(self, tasks: list[int]) -> None:
+        for task in tasks:
+            self._ends["error"] += 1
+            del self._live[task]
+            self._fresh.discard(task)
+            self._queued.discard(task)
+            self._gated.discard(task)
+            self._launched.pop(task, None)
 
     def _on_tick(
         self,
@@ -178,10 +192,7 @@ class Metrics:
         self._n_output_seen = n_output
         self._pages = _Pages(free, cached, held)
         self._n_running, self._n_waiting = n_running, n_waiting
-        if not self._queued:
-            self._blocked = None
-        elif self._blocked is not None:
-            self._waits[self._blocked] += 1
+        self._count_waits()
         if self._last_time is not None:
             self._tick_time.observe(time - self._last_time)
         if prefilled:
@@ -191,6 +202,17 @@ class Metrics:
         self._observe_gaps(decoded, time)
         busy = n_running or n_waiting
         self._last_time = time if busy else None
+
+    def _count_waits(self) -> None:
+        """After the tick's Refill: the queue is empty, or waits for what blocks its head."""
+        if self._counted:
+            return
+        self._counted = True
+        self._waits["grammar"] += bool(self._gated)
+        if not self._queued:
+            self._blocked = None
+        elif self._blocked is not None:
+            self._waits[self._blocked] += 1
 
     def _observe_gaps(self, decoded: list[int], time: float) -> None:
         """The time since each task's token before; most stand in the step before as well."""
@@ -232,8 +254,17 @@ class Metrics:
     def _refuse(self, *rest: Any) -> None:
         self._counts["refused"] += 1
 
-    def _wait(self, reason: str, *rest: Any) -> None:
-        self._blocked = reason
+    def _wait(self, reason: str, head: int, *rest: Any) -> None:
+        if reason != "grammar":
+            self._blocked = reason
+        else:
+            self._queued.discard(head)
+            self._gated.add(head)
+
+    def _grammar(self, task: int, error: str | None, *rest: Any) -> None:
+        self._gated.discard(task)
+        if error is None:
+            self._queued.add(task)
 
     def _admit(
         self, task: int, slot: int, n_cached: int, waits: dict[str, int], time: float, *rest: Any
@@ -251,6 +282,7 @@ class Metrics:
         self._counts["evicted"] += len(frames)
 
     def _preempt(self, task: int, *rest: Any) -> None:
+        self._count_waits()  # this tick's Refill is over: the victim waits from the next one on
         self._counts["preempted"] += 1
         self._queued.add(task)
 
@@ -263,6 +295,7 @@ class Metrics:
     def _end(self, task: int, reason: str, n_output: int, time: float, *rest: Any) -> None:
         self._ends[reason] += 1
         self._queued.discard(task)
+        self._gated.discard(task)
         self._fresh.discard(task)
         self._launched.pop(task, None)
         if (live := self._live.pop(task, None)) is not None:
@@ -328,6 +361,7 @@ class Metrics:
             labels=("reason",),
         )
         queued = dict.fromkeys((*WAIT_REASONS, "choice"), 0)
+        queued["grammar"] = len(self._gated)
         if self._blocked is not None:
             queued[self._blocked] = min(len(self._queued), self._n_waiting)
         queued["choice"] = self._n_waiting - sum(queued.values())

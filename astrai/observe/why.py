@@ -122,6 +122,7 @@ class WhyReader:
         self._held: dict[int, int] = {}  # running task → pages
         self._chunked: dict[int, None] = {}  # tasks with a prefill chunk in the last tick
         self._queued: dict[int, None] = {}  # in order of joining
+        self._gated: dict[int, None] = {}  # beside the queue: each waits for its grammar
         self._joined: list[_Story] = []  # since the last tick
         self._blocked: str | None = None
         self._blocks: deque[_Block] = deque(maxlen=_BLOCKS)
@@ -131,6 +132,7 @@ class WhyReader:
             "arrive": self._arrive,
             "refuse": self._refuse,
             "wait": self._wait,
+            "grammar": self._grammar,
             "admit": self._admit,
             "prefix": self._prefix,
             "take": self._take,
@@ -140,6 +142,7 @@ class WhyReader:
             "preempt": self._preempt,
             "first_token": self._first_token,
             "end": self._end,
+            "snapshot": self._snapshot,
         }
 
     # ── what is asked ───────────────────────────────────────────────────────────────────────────
@@ -198,6 +201,8 @@ class WhyReader:
         if self._counted:
             return
         self._counted = True
+        if self._gated:
+            self._waited["grammar"] = self._waited.get("grammar", 0) + 1
         if not self._queued and self._blocked is not None:
             self._blocked = None
             self._blocks.append(_Block(self._tick, None, ()))
@@ -210,10 +215,18 @@ class WhyReader:
             self._finish(story, "error")
         self._held.clear()
         self._queued.clear()
+        self._gated.clear()
         self._joined.clear()
         self._marks.clear()
         self._blocks.clear()
         self._blocked = None
+
+    def _snapshot(self, time: float, config: Any, tasks: list[dict[str, Any]], *rest: Any) -> None:
+        """Every task that lives: another engine's tasks ended unheard."""
+        known = {task["task"] for task in tasks}
+        for story in [s for s in self._live.values() if s.task not in known]:
+            self._held.pop(story.task, None)
+            self._finish(story, "error")
 
     def _arrive(
         self,
@@ -251,8 +264,19 @@ class WhyReader:
         self._joined.append(story)
 
     def _wait(self, reason: str, head: int, *rest: Any) -> None:
+        if reason == "grammar":
+            self._queued.pop(head, None)
+            self._gated[head] = None
+            return
         self._blocked = reason
         self._blocks.append(_Block(self._tick, reason, self._holders(reason)))
+
+    def _grammar(self, task: int, error: str | None, *rest: Any) -> None:
+        if (story := self._live.get(task)) is None or error is not None:
+            return  # refused: its choices end
+        story.waits = self._waits_now(story)
+        self._gated.pop(task, None)
+        self._join(story, self._tick)
 
     def _admit(
         self, task: int, slot: int, n_cached: int, waits: dict[str, int], time: float, *rest: Any
@@ -269,6 +293,8 @@ class WhyReader:
 
     def _leave_queue(self, story: _Story, waits: dict[str, int]) -> None:
         story.waits = waits
+        if self._gated.pop(story.task, 0) is None:
+            del self._marks[story.task]
         if story.task not in self._queued:
             return
         for reason, holders in self._seen_waiting(story):
@@ -356,6 +382,7 @@ class WhyReader:
         story.reason, story.ended_tick, story.slot = reason, self._tick, -1
         self._live.pop(story.task, None)
         self._queued.pop(story.task, None)
+        self._gated.pop(story.task, None)
         self._marks.pop(story.task, None)
         stories = self._requests.get(story.request, [])
         if any(other.task in self._live for other in stories):
@@ -434,8 +461,9 @@ class WhyReader:
         """Its ticks by reason; of a task in the queue up to this tick."""
         waits = dict(story.waits)
         if (mark := self._marks.get(story.task)) is not None:
+            gated = story.task in self._gated
             for reason, ticks in self._waited.items():
-                if ticks > mark.get(reason, 0):
+                if (reason == "grammar") == gated and ticks > mark.get(reason, 0):
                     waits[reason] = waits.get(reason, 0) + ticks - mark.get(reason, 0)
         return waits
 

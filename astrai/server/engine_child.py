@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from astrai.inference.events import EventLog
 from astrai.inference.intake import stop_check
 from astrai.inference.link import Assembled, Front
 from astrai.inference.task import SEEN, FinishReason, TokenLogprob, Update
+from astrai.observe.logs import LogSettings, configure
 from astrai.server.pipes import Sender, read, write
 
 EXIT_LOOP_FAILED = 70
@@ -33,6 +33,7 @@ class Start(NamedTuple):
 
     builder: str
     config: EngineConfig
+    logs: LogSettings
 
 
 class Watch(NamedTuple):
@@ -99,11 +100,11 @@ def main() -> None:
     inward = sys.stdin.buffer
     outward: BinaryIO = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the messages
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     messages = read(inward)
     start = next(messages, None)
     if start is None:
         return
+    configure(*start.logs)
     child = Child(outward)
     try:
         child.load(start)

@@ -17,6 +17,7 @@ from astrai.inference.engine import Health, Message
 from astrai.inference.events import EventLog, Reader
 from astrai.inference.link import Deliver, Front
 from astrai.inference.task import SEEN, Task, Update
+from astrai.observe.logs import log_settings
 from astrai.server.engine_child import (
     Emitted,
     Failed,
@@ -59,7 +60,7 @@ class ProcessLink:
     ) -> None:
         """Start the child, which begins to load; `connect` waits for it."""
         self.events = RemoteEvents(self._send)
-        self._start = Start(builder, config)
+        self._start = Start(builder, config, log_settings())
         self._silence = config.stall_seconds  # a child that says nothing for so long is killed
         self._deliver: Deliver = _nobody
         self._lock = threading.Lock()
@@ -222,11 +223,11 @@ class ProcessLink:
         with self._lock:
             self._connected = True
             self._failure = None
-            if self._leaders:
-                self._sender.send(Message(add=list(self._leaders.values())))
-            if self.events:
+            if self.events:  # before the tasks, so that readers hear of their arrival
                 self._sender.send(Watch(True))
                 self._sender.send(Snapshot())  # what readers knew of the last child is void
+            if self._leaders:
+                self._sender.send(Message(add=list(self._leaders.values())))
         self._front = front
         self._known.set()
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from astrai.inference.engine import Engine, Message
+from astrai.inference.sampling_params import SamplingParams
+from astrai.inference.structured import StructuredOutput
 from astrai.observe.metrics import Metrics
 from astrai.observe.ticks import Ticks
-from tests.mocks import Bench, make_task
+from tests.mocks import Bench, SlowGrammars, make_task
 
 Samples = dict[str, float]
 
@@ -59,11 +61,17 @@ def test_before_the_first_tick_every_page_and_slot_is_free() -> None:
 def test_every_scrape_balances_and_the_totals_are_those_of_the_tasks(seed: int, depth: int) -> None:
     bench, engine, metrics = watched(n_pages=12, max_slots=3, depth=depth)
     rng = random.Random(seed)
+    engine.grammars = SlowGrammars(seed)  # type: ignore[assignment]
     tasks = []
     for i in range(15):
         prompt = [rng.randrange(3) for _ in range(rng.randrange(1, 20))]
         n = rng.choice((1, 1, 3))
-        tasks += [make_task(100 * i + k, prompt, rng.randrange(1, 9), index=k) for k in range(n)]
+        gated = StructuredOutput(regex="a") if rng.random() < 0.2 else None
+        params = SamplingParams(max_tokens=9, structured=gated)
+        tasks += [
+            make_task(100 * i + k, prompt, rng.randrange(1, 9), index=k, params=params)
+            for k in range(n)
+        ]
         tasks[-n].siblings = tasks[len(tasks) - n + 1 :]
         engine.post(Message(add=[tasks[-n]]))
         if rng.random() < 0.2:
@@ -74,6 +82,7 @@ def test_every_scrape_balances_and_the_totals_are_those_of_the_tasks(seed: int, 
             balanced(now)
             assert now["astrai_pages_held"] == bench.books.counts.held
             for reason in ("slots", "pages", "prefill"):
+                assert now["astrai_tasks_waiting{reason=grammar}"] == len(bench.scheduler.gated)
                 waiting = now[f"astrai_tasks_waiting{{reason={reason}}}"]
                 assert not waiting or bench.scheduler.blocked == reason
     while not engine.idle:

@@ -5,10 +5,12 @@ import random
 import pytest
 
 from astrai.inference.engine import Engine, Message
+from astrai.inference.sampling_params import SamplingParams
+from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import Task
 from astrai.observe.ticks import Ticks
 from astrai.observe.why import WhyReader
-from tests.mocks import Bench, make_task
+from tests.mocks import Bench, SlowGrammars, make_task
 
 
 def watched(reader: WhyReader | None = None, **config: object) -> tuple[Bench, Engine, WhyReader]:
@@ -48,12 +50,16 @@ def counted_now(bench: Bench, task: Task) -> dict[str, int]:
 def test_waits_are_those_that_the_scheduler_counts_at_every_tick(depth: int, seed: int) -> None:
     bench, engine, reader = watched(n_pages=12, max_slots=3, depth=depth)
     rng = random.Random(seed)
+    engine.grammars = SlowGrammars(seed)  # type: ignore[assignment]
     tasks: list[Task] = []
     for i in range(40):
         prompt = [rng.randrange(3) for _ in range(rng.randrange(1, 20))]
         n = rng.choice((1, 1, 3))
+        gated = StructuredOutput(regex="a") if rng.random() < 0.2 else None
+        params = SamplingParams(max_tokens=20, structured=gated)
         choices = [
-            make_task(100 * i + k, prompt, rng.randrange(1, 20), seed=k, index=k) for k in range(n)
+            make_task(100 * i + k, prompt, rng.randrange(1, 20), seed=k, index=k, params=params)
+            for k in range(n)
         ]
         for choice in choices:
             choice.request_id = f"r{i}"
@@ -69,6 +75,7 @@ def test_waits_are_those_that_the_scheduler_counts_at_every_tick(depth: int, see
                 assert waits(data) == counted_now(bench, task), (task.id, data)
     run(engine)
     assert sum(task.n_preempted for task in tasks) > 0
+    assert sum(task.waits.get("grammar", 0) for task in tasks) > 0
     for task in tasks:
         data = story(reader, task.request_id, task.index)
         assert data["state"] == "ended"
