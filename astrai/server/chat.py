@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from astrai.inference.structured import StructuredOutput
@@ -102,6 +102,8 @@ class ChatFormat:
             text = self._render(asked, [tool.described() for tool in tools] or None)
         except ValueError as error:
             raise TemplateRefusal(str(error)) from None
+        except RecursionError:
+            raise TemplateRefusal("a message is nested too deep") from None
         thought = self._thought(asked, text)
         structured = self._structured(asked.toolset, content, thought)
         return ChatPrompt(
@@ -187,14 +189,12 @@ class ChatFormat:
         if style is not None and structured is not None and style.write.open:
             style = replace(style, at_start=())  # calls are where the grammar puts them
 
-        def tool_reader() -> Reader | None:
-            return ToolReader(style, names) if style is not None and names else None
-
-        if thought is not None:
-            return lambda: ThinkReader(thought == "opened", tool_reader())
+        calls: Callable[[], Reader] | None = None
         if style is not None and names:
-            return lambda: ToolReader(style, names)
-        return None
+            calls = partial(ToolReader, style, names, toolset.must_call)
+        if thought is None:
+            return calls
+        return lambda: ThinkReader(thought == "opened", calls() if calls is not None else None)
 
     def _shows_special(self, tools: bool, thought: Thought | None) -> bool:
         markers = [reasoning.OPEN, reasoning.CLOSE] if thought else []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from astrai.inference.structured import GrammarError, StructuredOutput
 from astrai.server.parts import Part, TextPart, ToolCallPart
 from astrai.server.tools import MAX_SCHEMA_BYTES, Tool, Toolset, style_of, styles
-from astrai.server.tools.grammar import Thought, content_grammar, tool_grammar
+from astrai.server.tools.grammar import MAX_CALLS, Thought, content_grammar, tool_grammar
 from astrai.server.tools.reader import ToolReader
 from tests.server.split import cut, read, same_however_cut
 
@@ -245,6 +245,14 @@ def test_arguments_go_out_as_they_come() -> None:
     assert each.feed("\n</tool_call>") == each.close() == []
 
 
+def test_what_must_be_a_call_and_is_cut_short_is_no_text() -> None:
+    whole = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for end in range(len(whole) + 1):
+        each = ToolReader(styles()["hermes"], NAMES, only_calls=True)
+        parts = read(each, [whole, "\n", whole[:end]])
+        assert all(isinstance(part, ToolCallPart) for part in parts)
+
+
 def test_no_more_is_held_than_may_be_a_marker() -> None:
     each = reader("hermes")
     assert each.feed("a < b") == [said("a < b")]
@@ -357,7 +365,11 @@ def test_grammar_of_calls_that_must_be(thought: Thought | None) -> None:
     assert accepts(any_of, before + NOW + "\n" + GOOD)
     assert not accepts(any_of, before + BAD)
     assert not accepts(any_of, before + "Hello.")
-    one = grammar("hermes", Toolset(both, "named", "get_weather", parallel=False), thought)
+    assert accepts(any_of, before + "\n".join([GOOD] * MAX_CALLS))
+    assert not accepts(any_of, before + "\n".join([GOOD] * (MAX_CALLS + 1)))
+    single = grammar("hermes", Toolset(both, "required", parallel=False), thought)
+    assert accepts(single, before + NOW) and not accepts(single, before + NOW + "\n" + GOOD)
+    one = grammar("hermes", Toolset(both, "named", "get_weather"), thought)
     assert accepts(one, before + GOOD)
     assert not accepts(one, before + GOOD + "\n" + GOOD)
     assert not accepts(one, before + NOW)

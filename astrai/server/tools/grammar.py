@@ -17,6 +17,9 @@ from astrai.server.tools import Style, Tool, Toolset
 # "opened": the prompt ends inside a thought; "optional": the answer may begin with one.
 Thought = Literal["opened", "optional"]
 
+# In a row: a small model that must call does not find the end by itself.
+MAX_CALLS = 16
+
 _ANYTHING = r"/(.|\n)*/"
 
 
@@ -34,8 +37,9 @@ def tool_grammar(
     content that cannot be part of a larger grammar.
     """
     rules = _calls(style, toolset.callable, literal)
-    between = f"{_quoted(style.between)} call"
-    rules.append(f"calls: call ({between})*" if toolset.parallel else "calls: call")
+    several = toolset.parallel and toolset.choice != "named"
+    more = f" ({_quoted(style.between)} call){{0,{MAX_CALLS - 1}}}" if several else ""
+    rules.append(f"calls: call{more}")
     if toolset.must_call:
         answer = "calls"
     elif content is not None:

@@ -205,12 +205,16 @@ def _object_text(text: str) -> str:
 class ToolReader:
     """Reads one choice's text into text and calls of the tools in `names`.
 
-    White space beside a call is no text. Owns: what is held back, and the scanner of what may be
-    a call. Does not own: the parts given out.
+    White space beside a call is no text. `only_calls`: a grammar allows nothing else, so what is
+    cut short at the end is the start of a call and no text.
+
+    Owns: what is held back, and the scanner of what may be a call. Does not own: the parts given
+    out.
     """
 
-    def __init__(self, style: Style, names: Collection[str]) -> None:
+    def __init__(self, style: Style, names: Collection[str], only_calls: bool = False) -> None:
         self.n_calls = 0
+        self._only_calls = only_calls
         self._style = style
         self._names = names
         self._mode = self._start if style.at_start else self._text
@@ -229,6 +233,8 @@ class ToolReader:
         return self._taken()
 
     def close(self) -> list[Part]:
+        if self._only_calls:
+            return self._taken()
         rest = self._held.strip()
         ended = self._mode == self._behind and (rest == ";" or self._marker.close.startswith(rest))
         if self._held and not ended:
