@@ -77,6 +77,8 @@ class Tracer:
                 yield _complete(ENGINE, HOST, "launch", began, ended, {"plan": plan})
             elif kind == "read":
                 yield from self._read(*values)
+            elif kind == "end":  # refused with its grammar
+                yield from self._end(*values[:4])
         moments = _moments(step)
         if moments is None:
             return
@@ -114,12 +116,7 @@ class Tracer:
         self, kind: str, values: tuple[Any, ...], moments: _Moments, tick: int
     ) -> Iterator[Record]:
         if kind == "end":
-            task, reason, n_output, at = values[:4]
-            if task in self._spans:
-                yield from self._leave(task, at)
-                about = {"reason": reason, "n_output": n_output}
-                yield _instant(REQUESTS, task + 1, f"ends: {reason}", at, about)
-                del self._requests[task]
+            yield from self._end(*values[:4])
         elif kind == "admit":
             task, slot, n_computed = values[:3]
             if task in self._spans:
@@ -147,6 +144,13 @@ class Tracer:
             yield from self._count("pages", pages, moments.decoded)
             tasks = {"running": n_running, "waiting": n_waiting}
             yield from self._count("tasks", tasks, moments.decoded)
+
+    def _end(self, task: int, reason: str, n_output: int, at: float) -> Iterator[Record]:
+        if task in self._spans:
+            yield from self._leave(task, at)
+            about = {"reason": reason, "n_output": n_output}
+            yield _instant(REQUESTS, task + 1, f"ends: {reason}", at, about)
+            del self._requests[task]
 
     def _enter(self, task: int, state: str, at: float, **about: Any) -> Iterator[Record]:
         yield from self._leave(task, at, **about)

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from astrai.inference.engine import Engine, Message
 from astrai.inference.recorder import Recorder
 from astrai.inference.sampling_params import SamplingParams
+from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import Task
 from astrai.observe.record import Recording
 from astrai.observe.replay import replay
+from astrai.observe.trace import trace_events
 from tests.mocks import Bench, make_task
 
 RECORDINGS = sorted((Path(__file__).parent.parent / "recordings").glob("*.jsonl"))
@@ -106,6 +108,65 @@ def test_every_configuration_is_replayed(tmp_path: Path, group_decode: str, batc
     mixed_run(path, 3, group_decode=group_decode, batching=batching, ageing_ticks=5)
     assert replay(Recording(path)).difference is None
     assert Recording(path).header.scheduler.batching == batching
+
+
+class Grammars:
+    """Compiles in some asks, refuses some schemas; its matchers are complete after some tokens."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.compiled: set[int] = set()
+
+    def matcher(self, asked: StructuredOutput) -> Any:
+        chance = self.rng.random()
+        if id(asked) not in self.compiled and chance < 0.7:
+            if chance < 0.1:
+                raise ValueError("the schema cannot be compiled")
+            return None
+        self.compiled.add(id(asked))
+        return Matcher(self.rng.randint(1, 9))
+
+
+class Matcher:
+    eos_ids = (5,)
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def advance(self, token: int) -> bool:
+        self.left -= 1
+        if token == 11:
+            raise ValueError("token 11 cannot be matched")
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_grammars_come_when_they_came(tmp_path: Path, depth: int) -> None:
+    rng = random.Random(2)
+    bench = Bench(30, page_size=4, max_slots=3, depth=depth)
+    _, recorder = recorded(tmp_path / "run.jsonl", bench)
+    engine = Engine(bench.scheduler, bench.runner, bench.deliver, grammars=Grammars(rng))  # type: ignore[arg-type]
+    first = 0
+    asked = [StructuredOutput(json_object=True) for _ in range(40)]
+    for i in range(40):
+        n = rng.choice([1, 1, 2])
+        structured = asked[i] if rng.random() < 0.6 else None
+        params = SamplingParams(max_tokens=15, structured=structured)
+        prompt = [rng.randrange(3)] * rng.randint(1, 14)
+        engine.post(Message(add=[family(first, prompt, 15, n, params=params)]))
+        first += n
+        for _ in range(rng.randint(0, 6)):
+            engine.step()
+    while not engine.idle:
+        engine.step()
+    recorder.close()
+    replayed = replay(Recording(tmp_path / "run.jsonl"), check_every=1)
+    assert replayed.difference is None, str(replayed.difference)
+    assert {"stop", "error", "length"} <= set(bench.ends.values())
+    assert replayed.waits["grammar"] > 0
+    events = list(trace_events(Recording(tmp_path / "run.jsonl")))
+    drawn = {e["tid"] - 1 for e in events if e["ph"] == "i" and e["name"].startswith("ends")}
+    assert drawn == set(bench.ends)
 
 
 def test_page_tables_of_what_still_runs_are_the_same(tmp_path: Path) -> None:
