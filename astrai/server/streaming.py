@@ -16,11 +16,13 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 
+# Made once: json.dumps would make an encoder for every event.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
 
 def event(payload: Mapping[str, Any], name: str | None = None) -> bytes:
     """One event. JSON escapes line breaks, so the payload is always a single `data:` line."""
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    data = b"data: " + text.encode("utf-8") + b"\n\n"
+    data = b"data: " + _encode(payload).encode("utf-8") + b"\n\n"
     return data if name is None else b"event: " + name.encode("ascii") + b"\n" + data
 
 
