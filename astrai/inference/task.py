@@ -206,7 +206,9 @@ class Task:
         """Of an ended task: nothing in it changes any more."""
         return Timings(
             queued=_between(self.arrived_at, self.admitted_at),
-            prefill=_between(self.admitted_at, self.first_token_at),
+            prefill=_between(
+                self.admitted_at, self.ended_at if self.samples_nothing else self.first_token_at
+            ),
             decode=_between(self.first_token_at, self.ended_at),
             n_prompt=self.n_prompt,
             n_cached=self.n_cached,

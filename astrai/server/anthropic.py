@@ -83,6 +83,10 @@ def chat_body(request: CountRequest, chat_format: ChatFormat) -> Json:
     """The same request, as /v1/chat/completions takes it."""
     messages = [m for i, given in enumerate(request.messages) for m in _messages(given, i)]
     prefilled = bool(messages) and messages[-1]["role"] == "assistant"
+    if prefilled and "tool_calls" in messages[-1]:
+        raise ApiError(
+            "messages: the last one calls tools, whose results are missing", param="messages"
+        )
     system = text_of(request.system, "system", ("text",), _TEXT_FIELDS)
     if system:
         messages.insert(0, {"role": "system", "content": system})

@@ -148,8 +148,7 @@ class Edge:
         with self._ended_by_error(opened, param):
             source = self._deltas(opened, call, prompts)
             first = await _first(request, source)
-            headers = {"x-request-id": opened.id}
-            return EventStream(_events(reply, first, source), source, headers)
+            return EventStream(_events(reply, first, source), source, opened.headers)
 
     async def answer_whole(
         self, request: Request, reply: Reply, call: Call, prompts: list[list[int]], param: str
@@ -158,7 +157,7 @@ class Edge:
         with self._ended_by_error(opened, param):
             async with aclosing(self._deltas(opened, call, prompts)) as source:
                 await unless_gone(request.receive, _collect(reply, source))
-            return JSONResponse(reply.whole(), headers={"x-request-id": opened.id})
+            return JSONResponse(reply.whole(), headers=opened.headers)
 
     @contextmanager
     def _ended_by_error(self, opened: OpenRequest, param: str) -> Iterator[None]:

@@ -59,6 +59,11 @@ class OpenRequest:
         return [f"{self.id}/{i}" for i in range(self.n_prompts)]
 
     @property
+    def headers(self) -> dict[str, str]:
+        """Its id, where each family of clients looks for it."""
+        return {"x-request-id": self.id, "request-id": self.id}
+
+    @property
     def state(self) -> str:
         if self.ended is not None:
             return "ended"

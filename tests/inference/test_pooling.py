@@ -69,6 +69,8 @@ def test_the_last_state_takes_a_prefix_hit_and_the_mean_does_not() -> None:
     for task in tasks:
         run(bench, [task])
     assert [task.n_cached for task in tasks] == [0, 12, 0]
+    times = tasks[2].timings()
+    assert times.prefill is not None and times.prefill > 0 and times.decode is None
 
 
 def test_several_choices_of_nothing_end() -> None:

@@ -119,3 +119,23 @@ def test_preemption_changes_no_token(decoder: Decoder) -> None:
     found, scheduler = run(decoder, "gpu", 4, tasks())
     assert scheduler.n_preemptions > 0
     check_same(expected, found)
+
+
+def test_pooled_states_are_those_of_the_plain_runner(decoder: Decoder) -> None:
+    """Beside each other and a decoding task, in chunks that meet inside the prompts."""
+
+    def tasks() -> list[Task]:
+        rng = random.Random(1)
+        made = [Task(0, "0", [1, 2, 3], SamplingParams(max_tokens=6), 6, seed=0)]
+        for i, pooling in enumerate(("mean", "last", "mean"), 1):
+            params = SamplingParams(max_tokens=0, pooling=pooling)  # type: ignore[arg-type]
+            made.append(Task(i, str(i), rng.choices(range(300), k=33), params, 0, seed=i))
+        return made
+
+    expected, _ = run(decoder, "plain", 40, tasks())
+    found, _ = run(decoder, "gpu", 40, tasks())
+    check_same(expected, found)
+    for a, b in zip(expected, found, strict=True):
+        assert len(a.pooled) == len(b.pooled)
+        for part, other in zip(a.pooled, b.pooled):
+            assert part == pytest.approx(other, abs=1e-3)

@@ -21,6 +21,7 @@ WEATHER: Any = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
     "cache_control": {"type": "ephemeral"},
 }
+CALL: Any = {"type": "tool_use", "id": "c", "name": "weather", "input": {}}
 
 
 def client_of(url: str) -> anthropic.Anthropic:
@@ -54,7 +55,7 @@ def test_text(client: anthropic.Anthropic, engine: FakeEngine) -> None:
     (block,) = reply.content
     assert block.type == "text" and block.text == SAYS
     assert reply.stop_reason == "end_turn" and reply.stop_sequence is None
-    assert reply._request_id in (None, reply.id)
+    assert reply._request_id == reply.id
     assert prompt_of(engine, reply.id) == "<system>Be brief.\n<user>Hi\n<assistant>"
     params = engine.params
     assert params is not None
@@ -212,6 +213,7 @@ def test_tokens_are_counted_as_they_would_be_read(
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema"),
         ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "all"}}, "tool_choice.type"),
+        ({"messages": [{"role": "assistant", "content": [CALL]}]}, "results are missing"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
         ({"output_config": {"effort": "high"}}, "output_config.effort"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
