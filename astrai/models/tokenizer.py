@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from astrai.models.gguf import GGUFFile
 
 
+# Characters of a rendered conversation: more than any context holds.
+MAX_RENDERED = 1 << 24
+
+
 class Tokenizer:
     """A fast tokenizer, its special ids and its chat template.
 
@@ -130,6 +134,12 @@ class Tokenizer:
             text: str = self._compiled_template.render(variables)
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"chat template: {error}") from error
+        except (ArithmeticError, IndexError, MemoryError, RecursionError) as error:
+            raise ValueError(f"chat template: {type(error).__name__}: {error}") from error
+        if len(text) > MAX_RENDERED:
+            raise ValueError(
+                f"chat template: it made {len(text)} characters, expected at most {MAX_RENDERED}"
+            )
         return text
 
     @cached_property
@@ -277,14 +287,16 @@ def _eos_of_directory(path: Path, fallback: int | None) -> list[int]:
 def _compile_template(source: str) -> Any:
     """A chat template under the names and settings templates are written for.
 
-    Templates come with models and are not trusted: the sandbox forbids mutation and internals.
+    Templates come with models and are not trusted: the sandbox forbids mutation and internals, and
+    sums and products that fill the memory in a few steps.
     """
     from datetime import datetime
 
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.runtime import Context
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     class Generation(Extension):
         """{% generation %}..{% endgeneration %} marks training targets; here it is its content."""
@@ -295,13 +307,22 @@ def _compile_template(source: str) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"+", "*", "**"})
+
+        def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+            size = _size_of_result(operator, left, right)
+            if size > MAX_RENDERED:
+                raise SecurityError(f"{operator} would make {size} items, at most {MAX_RENDERED}")
+            return super().call_binop(context, operator, left, right)
+
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
@@ -311,6 +332,21 @@ def _compile_template(source: str) -> Any:
         return environment.from_string(source)
     except TemplateError as error:
         raise ValueError(f"chat template: {error}") from error
+
+
+def _size_of_result(operator: str, left: Any, right: Any) -> int:
+    """Items of texts and lists, bits of integers: what the result takes, about."""
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length()
+        return bits * max(right, 0) if operator == "**" else bits + right.bit_length()
+    sized = (str, bytes, list, tuple)
+    if operator == "+":
+        both = isinstance(left, sized) and isinstance(right, sized)
+        return len(left) + len(right) if both else 0
+    for items, n in ((left, right), (right, left)):
+        if isinstance(n, int) and isinstance(items, sized):
+            return len(items) * max(n, 0)
+    return 0
 
 
 # Kinds of tokens in tokenizer.ggml.token_type.

@@ -10,10 +10,15 @@ from astrai.server.edge import off_loop
 from astrai.server.errors import ApiError
 from astrai.server.fields import blame
 from astrai.server.replies import Echo
+from astrai.server.timebox import OutOfTime, timeboxed
 
 if TYPE_CHECKING:
     from astrai.inference.structured import StructuredOutput
     from astrai.models.tokenizer import Tokenizer
+
+# Time for the template; and what a slow tokenizer does with its text.
+TEMPLATE_SECONDS = 5.0
+_CHARACTERS_A_SECOND = 200_000
 
 Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
 
@@ -21,12 +26,23 @@ Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
 async def chat_prompt(
     chat_format: ChatFormat, asked: Conversation, content: StructuredOutput | None = None
 ) -> ChatPrompt:
-    """ApiError 400 if the model has no chat template, or if it refuses the conversation."""
+    """ApiError 400 if the model has no chat template, or if it refuses the conversation.
+
+    A template is a program that came with the model, and what it does with these messages is not
+    known: it never runs on the event loop, nor without end.
+    """
+    seconds = TEMPLATE_SECONDS + asked.n_characters / _CHARACTERS_A_SECOND
     try:
-        return await off_loop(asked.n_characters, lambda: chat_format.prompt(asked, content))
+        return await timeboxed(lambda: chat_format.prompt(asked, content), seconds)
     except TemplateRefusal as error:
         message = f"the chat template refuses these messages: {error}"
         raise ApiError(message, param="messages", code="chat_template_error") from None
+    except OutOfTime:
+        raise ApiError(
+            f"the chat template took more than {seconds:.1f} s for these messages",
+            param="messages",
+            code="chat_template_error",
+        ) from None
     except ValueError as error:
         raise blame(error) from None
 
