@@ -18,7 +18,7 @@ from astrai.inference.sampling_params import SamplingParams
 from astrai.server import engine_process
 from astrai.server.engine_process import ProcessLink
 from tests.mocks import oracle
-from tests.server.mock_engine import BREAK, BUILDER, KILL, SLOW
+from tests.server.mock_engine import BREAK, BUILDER, HANG, KILL, SLOW
 
 
 @contextmanager
@@ -158,6 +158,32 @@ def test_too_many_deaths_are_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
             assert "given up" in (engine.ended or "") and not engine.healthy().ok
             last = (await answer(engine, [4]))[-1]
             assert last.finish_reason == "error" and "given up" in (last.error or "")
+
+        asyncio.run(run())
+
+
+def test_a_tick_that_never_ends_is_said_here_too() -> None:
+    with running(stall_seconds=0.2) as (engine, link):
+
+        async def run() -> None:
+            task = asyncio.create_task(answer(engine, [HANG]))
+            await until(lambda: "no tick for" in engine.healthy().reason)
+            assert engine.stats()["running"] == 1
+            task.cancel()
+
+        asyncio.run(run())
+        link._child.kill()  # it would take its time to stop
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops a process")
+def test_an_engine_that_falls_silent_is_replaced() -> None:
+    with running(stall_seconds=0.5) as (engine, link):
+
+        async def run() -> None:
+            died = link.pid
+            os.kill(died, signal.SIGSTOP)
+            assert ids(await answer(engine, [4])) == oracle([4], 12, 3)
+            assert link.pid != died
 
         asyncio.run(run())
 
