@@ -41,6 +41,11 @@ Part: TypeAlias = TextPart | ReasoningPart | ToolCallPart
 class Reader(Protocol):
     """Reads one choice's text into parts, holding back only what may still become a marker."""
 
+    @property
+    def in_call(self) -> bool:
+        """A call has begun and not ended: its arguments are not yet JSON."""
+        ...
+
     def feed(self, text: str) -> list[Part]: ...
 
     def close(self) -> list[Part]:

@@ -25,6 +25,10 @@ class ThinkReader:
         self._held = ""
         self._thought = False  # some of it was given out
 
+    @property
+    def in_call(self) -> bool:
+        return self._inner is not None and self._inner.in_call
+
     def feed(self, text: str) -> list[Part]:
         if self._mode == "after":
             return self._rest(text)

@@ -35,6 +35,7 @@ class _Choice:
     stop_reason: int | str | None = None
     reader: Reader | None = None
     calls: bool = False
+    in_call: bool = False
     offset: int = 0
     echo: int | None = None  # the prompt whose scores are still to be listed
     decoder: codecs.IncrementalDecoder = field(
@@ -208,6 +209,7 @@ class ChatReply(Reply):
         if delta.finish_reason is not None:
             parts += choice.reader.close()
         choice.calls |= any(isinstance(part, ToolCallPart) for part in parts)
+        choice.in_call = choice.reader.in_call
         return [_delta(part) for part in joined(parts)] or ([{}] if delta.logprobs else [])
 
     @staticmethod
@@ -216,8 +218,8 @@ class ChatReply(Reply):
 
     @staticmethod
     def _reason(choice: _Choice) -> str | None:
-        """A model that stops behind a call waits for its result; one cut short does not."""
-        called = choice.calls and choice.finish_reason == "stop"
+        """A model that stops behind a call waits for its result; one that stops in it does not."""
+        called = choice.calls and not choice.in_call and choice.finish_reason == "stop"
         return "tool_calls" if called else choice.finish_reason
 
     def _ended(self, body: Json, choice: _Choice) -> Json:
@@ -232,7 +234,7 @@ class ChatReply(Reply):
         said = "".join(part.text for part in parts if isinstance(part, TextPart))
         thought = "".join(part.text for part in parts if isinstance(part, ReasoningPart))
         calls = [_called(part) for part in parts if isinstance(part, ToolCallPart)]
-        choice.calls = bool(calls)
+        choice.calls, choice.in_call = bool(calls), reader.in_call
         message["content"] = said if said or not (thought or calls) else None
         if thought:
             message["reasoning_content"] = thought

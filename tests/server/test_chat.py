@@ -384,6 +384,17 @@ def test_an_answer_cut_short_has_no_finished_call(client: openai.OpenAI, says: F
     assert streamed(client, **ASK, max_tokens=limit)["finish_reason"] == "length"
 
 
+def test_an_answer_that_stops_in_a_call_made_none(client: openai.OpenAI, says: FakeEngine) -> None:
+    says.says = ANSWER[: ANSWER.rindex("}\n</tool_call>")]  # the last call is still open
+    (choice,) = client.chat.completions.create(**ASK).choices
+    assert choice.finish_reason == "stop"
+    message = streamed(client, **ASK)
+    assert message["finish_reason"] == "stop" and len(message["tool_calls"]) == 2
+    says.says += "}"
+    assert client.chat.completions.create(**ASK).choices[0].finish_reason == "tool_calls"
+    assert streamed(client, **ASK)["finish_reason"] == "tool_calls"
+
+
 def test_without_tools_it_is_text(client: openai.OpenAI, says: FakeEngine) -> None:
     (choice,) = client.chat.completions.create(model="fake", messages=[USER]).choices
     assert choice.message.content == ANSWER.split("</think>\n\n")[1]

@@ -226,6 +226,10 @@ class ToolReader:
         self._held = ""
         self._after_call = False  # nothing but white space since the last call
 
+    @property
+    def in_call(self) -> bool:
+        return self._scanner.open
+
     def feed(self, text: str) -> list[Part]:
         while text:
             text = self._mode(text)
