@@ -21,9 +21,15 @@ COMPILE_SECONDS = 10.0  # what takes longer is refused
 COMPILERS = 2  # threads that compile at once
 MAX_OVERDUE = 4  # threads that may be past their time before no new one is started
 MAX_COMPILED = 128  # grammars kept, least recently used out
-# Bounds of the compiler itself; its fuel is spent at 14k to 50k units per millisecond.
+# Bounds of the compiler itself; its fuel is spent at 14k to 50k units per millisecond. Ambiguous
+# grammars need many items; hundreds of optional properties need a few thousand.
 COMPILE_FUEL = 1_000_000
 STEP_FUEL = 200_000
+STEP_ITEMS = 10_000
+# Processor time that a task may take of the loop for its grammar: at once, and per token. Usual
+# ones take a hundredth of it.
+BURST_SECONDS = 0.2
+TOKEN_SECONDS = 0.005
 # A grammar of MAX_BYTES may nest its rules 16k deep, and the compiler descends into them: 64 MiB
 # were enough, the usual 8 were not. Memory is taken as it is used.
 _STACK_BYTES = 256 << 20
@@ -36,12 +42,13 @@ class Matcher:
     Owns its state and the memory of one mask. The compiled grammar is shared. For one thread.
     """
 
-    __slots__ = ("_inner", "_mask", "_source", "eos_ids")
+    __slots__ = ("_inner", "_left", "_mask", "_source", "eos_ids")
 
     def __init__(self, inner: Any, n_words: int, eos_ids: tuple[int, ...], source: str) -> None:
         self._inner = inner
         self._mask = np.zeros(n_words, dtype=np.int32)
         self._source = source
+        self._left = BURST_SECONDS
         self.eos_ids = eos_ids  # these end the output, where the grammar lets it end
 
     def advance(self, token: int) -> bool:
@@ -49,8 +56,10 @@ class Matcher:
 
         Raises GrammarError if the grammar does not allow the token, or gives up.
         """
+        began = time.thread_time()
         if not self._inner.consume_token(token):
             raise self._error(f"token {token} cannot be matched")
+        self._charge(began + TOKEN_SECONDS)
         return bool(self._inner.is_stopped())
 
     def mask(self, held_off: Collection[int] = ()) -> np.ndarray:
@@ -60,9 +69,11 @@ class Matcher:
         GrammarError if the grammar gives up.
         """
         mask = self._mask
+        began = time.thread_time()
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._inner.is_error():
             raise self._error("no mask")
+        self._charge(began)
         if held_off:
             kept = mask.view(np.uint32).copy()
             for token in held_off:
@@ -70,6 +81,15 @@ class Matcher:
             if kept.any():
                 mask[:] = kept.view(np.int32)
         return mask
+
+    def _charge(self, began: float) -> None:
+        self._left = min(self._left - (time.thread_time() - began), BURST_SECONDS)
+        if self._left < 0:
+            raise GrammarError(
+                self._source,
+                f"the grammar took {BURST_SECONDS:g} s more than the {TOKEN_SECONDS:g} s that it "
+                "may take for each token: it is too ambiguous",
+            )
 
     def _error(self, what: str) -> GrammarError:
         return GrammarError(self._source, f"{what}: {_short(self._inner.get_error())}")
@@ -251,7 +271,10 @@ def _compiled(asked: StructuredOutput, table: Any) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(
-        initial_lexer_fuel=COMPILE_FUEL, step_lexer_fuel=STEP_FUEL, verbose_errors=False
+        initial_lexer_fuel=COMPILE_FUEL,
+        step_lexer_fuel=STEP_FUEL,
+        step_max_items=STEP_ITEMS,
+        verbose_errors=False,
     )
     return LLMatcher(table, _internal(asked), log_level=0, limits=limits)
 

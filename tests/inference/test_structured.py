@@ -283,6 +283,21 @@ def test_a_token_that_does_not_match_is_an_error_of_this_matcher_alone() -> None
     assert other.advance(ord("b"))
 
 
+def test_a_grammar_that_takes_too_long_per_token_ends_its_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matcher = matcher_of(StructuredOutput(regex="a*"))
+    clock = iter(range(1000))
+    monkeypatch.setattr(grammar.time, "thread_time", lambda: next(clock) * 0.006)
+    for _ in range(25):  # a mask and an advance: 7 ms more than a token may take
+        matcher.mask()
+        matcher.advance(ord("a"))
+    with pytest.raises(GrammarError, match=r"took 0\.2 s more than the 0\.005 s"):
+        for _ in range(5):
+            matcher.mask()
+            matcher.advance(ord("a"))
+
+
 # ── compiling, beside the loop ──────────────────────────────────────────────────────────────────
 
 
