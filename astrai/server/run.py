@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import importlib
 import json
 import socket
@@ -156,6 +157,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        # What is loaded stays: the collector need not walk it again while streams wait.
+        gc.collect()
+        gc.freeze()
         if self.started:  # not before a request sent at that moment would be answered
             self._ready()
 
