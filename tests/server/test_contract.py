@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,11 @@ class Served:
             timeout=60,
             http_client=httpx.Client(trust_env=False),
         )
+
+
+def anthropic_client(url: str) -> anthropic.Anthropic:
+    http_client = httpx2.Client(trust_env=False)
+    return anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, http_client=http_client)
 
 
 @pytest.fixture(scope="module", params=["fake", "real"])
@@ -288,12 +294,7 @@ def test_a_response(served: Served) -> None:
 
 
 def test_a_message(served: Served) -> None:
-    client = anthropic.Anthropic(
-        base_url=served.url,
-        api_key="none",
-        max_retries=0,
-        http_client=httpx2.Client(trust_env=False),
-    )
+    client = anthropic_client(served.url)
     asked: dict[str, Any] = {
         "model": served.model, "messages": HI, "max_tokens": 12, "extra_body": {"temperature": 0},
     }  # fmt: skip
@@ -311,6 +312,54 @@ def test_a_message(served: Served) -> None:
         word = block.text.split()[0]
         stopped = client.messages.create(**asked, stop_sequences=[word])
         assert stopped.stop_reason == "stop_sequence" and stopped.stop_sequence == word
+
+
+def test_a_required_call_in_every_dialect(served: Served) -> None:
+    """The grammar makes the call; each dialect carries the same arguments."""
+    if isinstance(served.engine, FakeEngine):
+        pytest.skip("it follows no grammar")
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    ask: Any = [{"role": "user", "content": "Weather in Rome?"}]
+    function = {"name": "weather", "parameters": schema}
+    sampled = {"temperature": 0, "seed": 1}
+    chat = served.client.chat.completions.create(
+        model=served.model,
+        messages=ask,
+        tools=[{"type": "function", "function": function}],  # type: ignore[list-item]
+        tool_choice="required",
+        parallel_tool_calls=False,
+        extra_body=sampled,
+    )
+    (called,) = chat.choices[0].message.tool_calls or ()
+    assert called.type == "function"
+    expected = json.loads(called.function.arguments)
+    assert set(expected) == {"city"} and expected["city"] in ("Oslo", "Rome")
+    response = served.client.responses.create(
+        model=served.model,
+        input=ask,
+        tools=[{"type": "function", "strict": None, **function}],  # type: ignore[list-item]
+        tool_choice="required",
+        parallel_tool_calls=False,
+        extra_body=sampled,
+    )
+    (item,) = response.output
+    assert item.type == "function_call" and json.loads(item.arguments) == expected
+    message = anthropic_client(served.url).messages.create(
+        model=served.model,
+        messages=ask,
+        max_tokens=200,
+        tools=[{"name": "weather", "input_schema": schema}],  # type: ignore[list-item]
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        extra_body=sampled,
+    )
+    (block,) = message.content
+    assert block.type == "tool_use" and block.input == expected
+    assert message.stop_reason == "tool_use"
 
 
 def test_tokens_there_and_back(served: Served) -> None:
