@@ -6,10 +6,12 @@ from typing import Any
 import httpx
 import pytest
 
+from astrai.server.door import Door
 from astrai.server.errors import ApiError
+from astrai.server.keys import ApiKey, KeyRing
 from astrai.server.requests import MAX_CHOICES, MAX_ENDED, OpenRequest, RequestBook
 from tests.server.fake_engine import FakeEngine
-from tests.server.live import wait_for
+from tests.server.live import serving, wait_for
 
 COMPLETIONS = "/v1/completions"
 
@@ -169,6 +171,24 @@ def test_what_failed_is_told(http: httpx.Client) -> None:
         )
     wait_for(lambda: http.get("/v1/requests/left").json()["state"] == "ended", seconds=2)
     assert http.get("/v1/requests/left").json()["error"] == "the client left"
+
+
+def test_no_key_sees_the_requests_of_another() -> None:
+    engine = FakeEngine()
+    keys = KeyRing([ApiKey.of("anna anna-secret", "1"), ApiKey.of("bert bert-secret", "2")])
+    with (
+        serving(engine, door=Door(keys)) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+    ):
+        anna, bert = ({"authorization": f"Bearer {name}-secret"} for name in ("anna", "bert"))
+        body = {"prompt": "x", "cache_salt": "s", "request_id": "mine"}
+        assert http.post(COMPLETIONS, json=body, headers=anna).status_code == 200
+        assert engine.namespace.startswith("anna") and engine.namespace != "anna"
+        for path in ("/v1/requests/mine", "/v1/requests/mine/why"):
+            assert http.get(path, headers=bert).status_code == 404
+        assert http.get("/v1/requests/mine", headers=anna).json()["state"] == "ended"
+        assert http.delete("/v1/requests/mine", headers=bert).status_code == 404
+        assert http.delete("/v1/requests/mine").status_code == 401
 
 
 def test_an_unknown_request_is_a_404(http: httpx.Client) -> None:
