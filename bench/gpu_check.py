@@ -7,8 +7,7 @@ random. Prints the floor beside each figure, and ends in one JSON line.
 
 W1: 256 prompts and outputs of uniform(100, 1024) tokens, all at once, at most 256 running,
 temperature 0.6, end-of-sequence ignored. One stream: 32 tokens in, (time of 513 out - time of 1) /
-512. The floor is bytes over the measured copy bandwidth, plus prefill operations at 750 TFLOP/s:
-each step reads all weights (the head once, embedding rows not) and every live position once.
+512. Floors are those of astrai/bench/_floor.py, which `astrai bench` prints too.
 """
 
 from __future__ import annotations
@@ -24,13 +23,15 @@ import sys
 import tempfile
 import time
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 STARTED = time.perf_counter()
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import torch  # noqa: E402
 
+from astrai.bench._common import w_nano  # noqa: E402
+from astrai.bench._floor import Machine, batch_seconds, cost_of, machine  # noqa: E402
 from astrai.config import SchedulerConfig  # noqa: E402
 from astrai.inference.cache.books import Books  # noqa: E402
 from astrai.inference.cache.storage import KVCache  # noqa: E402
@@ -42,12 +43,11 @@ from astrai.inference.sampler import Sampler  # noqa: E402
 from astrai.inference.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.scheduler import Scheduler  # noqa: E402
 from astrai.inference.task import Task, Update  # noqa: E402
-from astrai.models.config import ModelConfig, config_from_hf  # noqa: E402
+from astrai.models.config import config_from_hf  # noqa: E402
 from astrai.models.decoder import Decoder  # noqa: E402
-from astrai.models.loading import dummy_weights, expected_tensors  # noqa: E402
+from astrai.models.loading import dummy_weights  # noqa: E402
 from astrai.models.registry import PRESETS  # noqa: E402
 
-PREFILL_RATE = 750e12
 SHAPES = "qwen3-0.6b,llama-3.2-1b,qwen3-8b"
 PARTS = "start,check,stream,w1"
 DEVICE = "cuda"
@@ -111,48 +111,6 @@ class Rig:
         return [self.outputs.pop(task.id) for task in tasks]
 
 
-# ── floors ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, read and written counted."""
-    x = torch.randn(1 << 28, dtype=torch.bfloat16, device=DEVICE)
-    y = torch.empty_like(x)
-    times = []
-    for _ in range(8):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        y.copy_(x)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return 2 * x.numel() * 2 / statistics.median(times[2:])
-
-
-class Sizes(NamedTuple):
-    step_bytes: int  # weights that a decode step reads
-    position_bytes: int  # K and V of one position
-    position_flops: int  # of one prefill position, attention apart
-
-
-def sizes(c: ModelConfig) -> Sizes:
-    weights = dict(expected_tensors(c))
-    embedding = weights.pop("model.embed_tokens.weight")
-    count = sum(torch.Size(shape).numel() for shape in weights.values())
-    head = 0 if "lm_head.weight" not in weights else torch.Size(weights["lm_head.weight"]).numel()
-    matrices = count - head
-    read = count if head else count + torch.Size(embedding).numel()
-    return Sizes(2 * read, 4 * c.n_layers * c.n_kv_heads * c.head_dim, 2 * matrices)
-
-
-def w1_floor(c: ModelConfig, prompts: list[int], outputs: list[int], bandwidth: float) -> float:
-    s = sizes(c)
-    reads = sum(n * p + n * (n + 1) // 2 for p, n in zip(prompts, outputs))
-    moved = max(outputs) * s.step_bytes + reads * s.position_bytes
-    attention = sum(2 * p * p * c.n_heads * c.head_dim * c.n_layers for p in prompts)
-    return moved / bandwidth + (sum(prompts) * s.position_flops + attention) / PREFILL_RATE
-
-
 # ── parts ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -162,12 +120,11 @@ def make_decoder(shape: str) -> Decoder:
 
 
 def w1_requests(seed: int) -> tuple[list[list[int]], list[int]]:
-    rng = random.Random(seed)
-    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
-    return prompts, [rng.randint(100, 1024) for _ in range(256)]
+    requests = w_nano(seed)
+    return [r.prompt_ids for r in requests], [r.max_tokens for r in requests]
 
 
-def measure_w1(decoder: Decoder, bandwidth: float, runs: int = 2) -> dict[str, Any]:
+def measure_w1(decoder: Decoder, on: Machine, runs: int = 2) -> dict[str, Any]:
     rig = Rig(decoder, kv_tokens=285_000)
     c, gib = decoder.config, 1 << 30
     work = workspace_bytes(c, 2, 256, 16384) / gib
@@ -186,7 +143,7 @@ def measure_w1(decoder: Decoder, bandwidth: float, runs: int = 2) -> dict[str, A
         begun = time.perf_counter()
         rig.run(prompts, counts, temperature=0.6)
         times.append(time.perf_counter() - begun)
-    floor = w1_floor(decoder.config, [len(p) for p in prompts], counts, bandwidth)
+    floor = batch_seconds(cost_of(decoder, rig.kv), on, [len(p) for p in prompts], counts, 256)
     best = min(times)
     say(
         f"W1 {best:.2f} s of {[round(t, 2) for t in times]}, {sum(counts) / best:.0f} tok/s, "
@@ -253,7 +210,7 @@ class HostClock:
         return f"per tick of more than 200 rows: {figures}"
 
 
-def measure_stream(decoder: Decoder, bandwidth: float) -> dict[str, Any]:
+def measure_stream(decoder: Decoder, on: Machine) -> dict[str, Any]:
     rig = Rig(decoder, kv_tokens=8192, max_slots=8, prefill_budget=512, prefix_cache=False)
     rng = random.Random(0)
 
@@ -267,8 +224,7 @@ def measure_stream(decoder: Decoder, bandwidth: float) -> dict[str, Any]:
     seconds(20)
     first = statistics.median(seconds(1) for _ in range(7))
     step = (statistics.median(seconds(513) for _ in range(3)) - first) / 512
-    s = sizes(decoder.config)
-    floor = (s.step_bytes + 288 * s.position_bytes) / bandwidth
+    floor = cost_of(decoder, rig.kv).decode_bytes(288) / on.bandwidth
     say(
         f"one stream {step * 1e3:.3f} ms/token, floor {floor * 1e3:.3f} ms, "
         f"{floor / step:.0%} of it reached; first token {first * 1e3:.2f} ms"
@@ -504,6 +460,34 @@ def check_sampling() -> None:
         raise RuntimeError(f"{same = } of {n}")
 
 
+def check_bits(decoder: Decoder) -> dict[str, list[int]]:
+    """Numbers of rows from which the first row of each product of a layer gets other bits.
+
+    Every kernel repeats itself exactly; what differs is how many partial sums a dot product is cut
+    into, which the library and our tiles choose by the number of rows.
+    """
+    rig = Rig(decoder, 4096, max_slots=256, prefill_budget=512)
+    model, layer = rig.runner.model, rig.runner.model.layers[0]
+    torch.manual_seed(0)
+    changes: dict[str, list[int]] = {}
+    for name in ("qkv", "output", "gate_up", "down"):
+        linear = getattr(layer, name)
+        wide = torch.randn(600, linear.weight.shape[1], device=DEVICE).to(decoder.dtype)
+        before, changes[name] = None, []
+        for n in (2, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 300, 500, 600):
+            x = wide[:n].contiguous()
+            out = torch.zeros(n, linear.weight.shape[0], device=DEVICE, dtype=decoder.dtype)
+            if name in ("output", "down"):
+                model._add(linear, x, out, layer.mlp_norm, torch.empty_like(out))
+            else:
+                model._multiply(linear, x, out)
+            if before is not None and not torch.equal(before, out[0]):
+                changes[name].append(n)
+            before = out[0].clone()
+    say(f"bits of row 0 change at numbers of rows: {changes}")
+    return changes
+
+
 def profile(decoder: Decoder, rows: int) -> None:
     """Kernel times of one decode step of `rows` rows at about 800 positions each."""
     from torch.profiler import ProfilerActivity
@@ -553,9 +537,9 @@ def main() -> None:
     parts = args.parts.split(",")
     result: dict[str, Any] = {"torch": torch.__version__, "seed": 0}
     result["device"] = torch.cuda.get_device_name()
-    bandwidth = copy_bandwidth()
-    result["copy_tb_s"] = round(bandwidth / 1e12, 3)
-    say(f"{result['device']}, copy {bandwidth / 1e12:.2f} TB/s")
+    on = machine(torch.device(DEVICE))
+    result["copy_tb_s"] = round(on.bandwidth / 1e12, 3)
+    say(f"{result['device']}, copy {on.bandwidth / 1e12:.2f} TB/s")
     shapes = args.shapes.split(",")
     if "start" in parts:
         result["start"] = measure_start(shapes[0])
@@ -572,14 +556,15 @@ def main() -> None:
         figures: dict[str, Any] = {}
         if "check" in parts and shape == shapes[0]:
             figures["same_tokens"] = check_tokens(decoder)
+            figures["bits_change_at"] = check_bits(decoder)
         if "stream" in parts:
-            figures["stream"] = measure_stream(decoder, bandwidth)
+            figures["stream"] = measure_stream(decoder, on)
         gc.collect()
         for rows in filter(None, args.profile.split(",")):
             profile(decoder, int(rows))
             gc.collect()
         if "w1" in parts:
-            figures["w1"] = measure_w1(decoder, bandwidth, args.runs)
+            figures["w1"] = measure_w1(decoder, on, args.runs)
         result[shape] = figures
         del decoder
         gc.collect()

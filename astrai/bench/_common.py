@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from astrai import __version__
+from astrai.inference.engine import Message
 from astrai.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def parser(name: str, about: str) -> argparse.ArgumentParser:
 
 def with_model(options: argparse.ArgumentParser, slots: int = 8) -> argparse.ArgumentParser:
     options.add_argument("--model", default="smollm2")
+    options.add_argument(
+        "--shape", help="a preset such as qwen3-0.6b, with random weights, in place of a model"
+    )
     options.add_argument("--dtype", default=None)
     options.add_argument("--device", default="auto")
     options.add_argument("--load-format", default="auto")
@@ -48,6 +52,8 @@ def with_model(options: argparse.ArgumentParser, slots: int = 8) -> argparse.Arg
 def load(args: argparse.Namespace, **options: Any) -> LLM:
     from astrai.inference.llm import LLM
 
+    if args.shape:
+        args.model, args.load_format = args.shape, "dummy"
     chosen: dict[str, Any] = {
         "dtype": args.dtype,
         "device": args.device,
@@ -82,6 +88,14 @@ def w_cpu(tokenizer: Tokenizer, seed: int, n: int = 32) -> list[Request]:
     return [Request(text_prompt(tokenizer, rng, a), b) for a, b in zip(lengths, outputs)]
 
 
+def w_nano(seed: int) -> list[Request]:
+    """W1: 256 prompts and outputs of uniform(100, 1024) tokens, the prompts drawn first."""
+    rng = random.Random(seed)
+    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+    outputs = [rng.randint(100, 1024) for _ in prompts]
+    return [Request(prompt, n) for prompt, n in zip(prompts, outputs)]
+
+
 class Run(NamedTuple):
     seconds: float
     ticks: int
@@ -104,6 +118,27 @@ def run(llm: LLM, requests: Sequence[Request]) -> Run:
         if made != request.max_tokens:
             raise RuntimeError(f"{made} tokens made of {request.max_tokens = }")
     return Run(seconds, llm.engine.scheduler.n_tick - before, outputs)
+
+
+def run_tokens(llm: LLM, requests: Sequence[Request], temperature: float) -> Run:
+    """Like `run`, of token ids alone: nothing is made into text, and there are no outputs."""
+    llm.engine.scheduler.books.drop_cached()
+    tasks = []
+    for i, request in enumerate(requests):
+        params = SamplingParams(
+            temperature=temperature, max_tokens=request.max_tokens, ignore_eos=True
+        )
+        tasks += llm.intake.tasks(request.prompt_ids, params, request_id=f"bench-{i}")
+    before = llm.engine.scheduler.n_tick
+    started = time.perf_counter()
+    llm.engine.post(Message(add=tasks))
+    while not llm.engine.idle:
+        llm.engine.step()
+    seconds = time.perf_counter() - started
+    for task in tasks:
+        if task.n_output != task.max_tokens:
+            raise RuntimeError(f"{task.n_output} tokens made of {task.max_tokens = }: {task.error}")
+    return Run(seconds, llm.engine.scheduler.n_tick - before, [])
 
 
 def median(measure: Callable[[], float], times: int) -> float:

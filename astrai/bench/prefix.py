@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from astrai.bench._common import Request, finish, load, parser, run, text_prompt, with_model
+from astrai.bench._floor import first_token_seconds, floor_of, reached
 from astrai.inference.llm import RequestTimes
 from astrai.inference.sampling_params import SamplingParams
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
     def prompt() -> list[int]:
         return shared + text_prompt(llm.tokenizer, rng, args.own_tokens)
 
+    for _ in range(2):  # a prompt that is computed, and one that is found
+        llm.generate([prompt()], one, use_tqdm=False)
     run(llm, [Request(prompt(), 1)])
     cold = [run(llm, [Request(prompt(), 1)]).seconds * 1e3 for _ in range(args.repeat)]
     warm, cached = [], []
@@ -32,15 +35,22 @@ def main(argv: Sequence[str]) -> None:
         output = llm.generate([prompt()], one, use_tqdm=False)[0]
         cached.append(output.num_cached_tokens)
         warm.append(_wait(output.times) * 1e3)
+    without, found = statistics.median(cold), statistics.median(warm)
+    cost, machine = floor_of(llm)
+    n = args.shared_tokens + args.own_tokens
+    floors = [first_token_seconds(cost, machine, n, held) * 1e3 for held in (0, min(cached))]
     lines = [
         f"{args.shared_tokens} shared tokens + {args.own_tokens} own, time to first token",
-        f"not cached {statistics.median(cold):.1f} ms",
-        f"cached     {statistics.median(warm):.1f} ms  ({min(cached)} tokens found)",
+        f"not cached {without:.2f} ms  (floor {floors[0]:.2f} ms, {reached(floors[0], without)})",
+        f"cached     {found:.2f} ms  (floor {floors[1]:.2f} ms, {reached(floors[1], found)}; "
+        f"{min(cached)} tokens found)",
     ]
     result = {
-        "cold_ms": round(statistics.median(cold), 2),
-        "warm_ms": round(statistics.median(warm), 2),
-        "ratio": round(statistics.median(cold) / statistics.median(warm), 2),
+        "cold_ms": round(without, 2),
+        "warm_ms": round(found, 2),
+        "floor_cold_ms": round(floors[0], 3),
+        "floor_warm_ms": round(floors[1], 3),
+        "ratio": round(without / found, 2),
         "cached_tokens": min(cached),
     }
     finish(args, "prefix", lines, result)

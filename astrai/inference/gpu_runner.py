@@ -135,6 +135,7 @@ class GpuRunner:
         max_model_len: int,
         graphs: bool = True,
     ) -> None:
+        self.decoder = decoder
         self.kv = kv
         self.sampler = sampler
         self.device = decoder.device

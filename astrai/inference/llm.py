@@ -88,7 +88,7 @@ class LLM:
         self.events = parts.engine.scheduler.events
         self.budget: Budget = front.budget
         self.model_name: str = front.model_name
-        self._intake = Intake(front.limits, front.tokenizer, front.config.seed)
+        self.intake = Intake(front.limits, front.tokenizer, front.config.seed)
         self._requests = itertools.count()
         self._open: dict[int, tuple[Choice, CompletionOutput]] = {}
         self._progress: Any = None
@@ -110,7 +110,7 @@ class LLM:
         for i, (prompt, chosen) in enumerate(zip(many, params)):
             text, ids = self._encoded(prompt, i)
             try:
-                tasks = self._intake.tasks(ids, chosen, request_id=str(next(self._requests)))
+                tasks = self.intake.tasks(ids, chosen, request_id=str(next(self._requests)))
                 if chosen.structured is not None and self.engine.grammars is not None:
                     self.engine.grammars.wait(chosen.structured)
             except ValueError as error:

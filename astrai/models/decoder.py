@@ -148,10 +148,20 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights as they are held; a tied head that was packed counts again."""
-        held = {id(self.embedding): self.embedding}
-        for part in self._parts():
-            held |= {id(t): t for t in vars(part).values() if isinstance(t, Tensor)}
-        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        held = self._held()
+        if id(self.embedding) not in {id(tensor) for tensor in held}:
+            held.append(self.embedding)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the weights that a decode step reads: of the embedding it takes only rows."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._held())
+
+    def _held(self) -> list[Tensor]:
+        """Every tensor that is multiplied with, once."""
+        found = (t for part in self._parts() for t in vars(part).values() if isinstance(t, Tensor))
+        return list({id(tensor): tensor for tensor in found}.values())
 
     def _parts(self) -> list[Linear | RmsNorm]:
         layers = [part for layer in self.layers for part in layer if part is not None]
