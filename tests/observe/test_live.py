@@ -301,6 +301,56 @@ def test_a_slow_viewer_is_given_the_whole_picture_and_no_memory(
     asyncio.run(main())
 
 
+def test_viewers_are_let_go_when_the_server_ends() -> None:
+    async def main() -> None:
+        ending: list[bool] = []
+        bench = Bench(30)
+        hub = Hub(LiveSource(lambda: bench.events), ending=lambda: bool(ending))
+        viewer = hub.watch()
+        await next_frame(viewer)
+        ending.append(True)
+        with pytest.raises(StopAsyncIteration):
+            await next_frame(viewer)
+        assert not bench.events
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_was_started_again_is_seen_anew() -> None:
+    class Restarted:
+        """Events of two engines, one after the other, in one log."""
+
+        def __init__(self) -> None:
+            self.bench = Bench(30)
+
+        def attach(self, reader: Any) -> None:
+            self.reader = reader
+            self.bench.events.attach(reader)
+
+        def detach(self, reader: Any) -> None:
+            self.bench.events.detach(reader)
+
+        def request_snapshot(self) -> None:
+            self.bench.events.request_snapshot()
+
+        def start_again(self) -> None:
+            self.bench = Bench(20)
+            self.bench.events.attach(self.reader)
+
+    events = Restarted()
+    source = LiveSource(lambda: events)
+    source.open()
+    for _ in range(2):
+        engine = Engine(events.bench.scheduler, events.bench.runner, events.bench.deliver)
+        engine.post(Message(add=[make_task(i, [i] * 5, 20) for i in range(6)]))
+        for _ in range(12):
+            engine.step()
+        source.pull()
+        engine.step()
+        assert_same(source.pull(), events.bench)
+        events.start_again()
+
+
 def test_too_many_viewers_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         monkeypatch.setattr(hub_module, "MAX_VIEWERS", 1)

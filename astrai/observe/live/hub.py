@@ -59,7 +59,7 @@ class Hub:
     """Sends the pictures of a source to its viewers; opens the source only while there are any.
 
     Once `ending` says so all viewers are let go: a stream without an end must not hold up a server
-    that drains. Owns the viewers and the task that makes frames. Everything here runs in one event loop.
+    that drains. Owns the viewers and the task that makes frames; all of it runs in one event loop.
     """
 
     def __init__(self, source: Source, ending: Callable[[], bool] = lambda: False) -> None:

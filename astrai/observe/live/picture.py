@@ -80,6 +80,7 @@ class Picture:
         self.time = 0.0  # of the engine's clock, in seconds
         self.n_running = self.n_waiting = 0
         self.n_output = 0  # tokens of all tasks since the engine started
+        self.n_ended = 0  # tasks since the snapshot
         self.counts = (0, 0, 0)  # free, cached, held: the scheduler's own
         self.wait: str | None = None  # why the head of the queue waits
         self.groups: list[list[int]] = []
@@ -167,6 +168,7 @@ class Picture:
             "wait": self.wait if self.n_waiting else None,
             "groups": self.groups,
             "made": self.n_output,
+            "ended": self.n_ended,
         }
 
     def _clear_changes(self) -> None:
@@ -385,6 +387,7 @@ class Picture:
         view.spans[-1][2] = time
         self._colours[view.colour] -= 1
         self._flow["ended"] += 1
+        self.n_ended += 1
         self._changed.add(id)
         self._mark("end", id, reason)
         self._ended.append(id)

@@ -71,7 +71,7 @@ const loop = {
     });
     const y = (g.top + 46 + g.bottom) / 2 + 2, end = g.right - 12;
     const most = Math.max(3, Math.floor((end - g.x[1]) / 25) - 5);
-    waiting.forEach((task, i) => of.set(task.id, { mode: "queued", x: g.x[1] + Math.min(i, most) * 25, y }));
+    waiting.slice(0, most + 1).forEach((task, i) => of.set(task.id, { mode: "queued", x: g.x[1] + i * 25, y }));
     this.queue = { x: g.x[1] + (Math.min(waiting.length - 1, most) + 0.7) * 25, y, n: waiting.length, more: waiting.length - 1 - most };
     return of;
   },

@@ -97,6 +97,10 @@ const player = {
     setText("seek-at", `tick ${big(state.tick)}`);
     if (document.activeElement !== $("speed")) $("speed").value = String(state.speed);
   },
+  seek() { // the slider moves more often than anybody can see
+    this.wanted = Number($("seek").value);
+    this.due ||= setTimeout(() => { this.due = 0; this.send({ at: this.wanted, playing: false }); }, 60);
+  },
   send(change) {
     fetch("live/player", { method: "POST", headers: { "content-type": "application/json", ...keyed() }, body: JSON.stringify(change) });
   },
@@ -104,7 +108,7 @@ const player = {
     $("play").addEventListener("click", () => this.send({ playing: !engine.player.playing }));
     $("back").addEventListener("click", () => this.send({ step: -1 }));
     $("next").addEventListener("click", () => this.send({ step: 1 }));
-    $("seek").addEventListener("input", () => this.send({ at: Number($("seek").value), playing: false }));
+    $("seek").addEventListener("input", () => this.seek());
     $("speed").addEventListener("change", () => this.send({ speed: Number($("speed").value) }));
     $("player").addEventListener("submit", (event) => event.preventDefault());
   },

@@ -59,7 +59,7 @@ const panels = {
     const prefilling = running.filter((task) => task.state === "prefill");
     const left = prefilling.reduce((sum, task) => sum + Math.max(0, task.nPrompt - task.computed), 0);
     const facts = {
-      "s-cleanup": [this.ended(), "ended"], "s-refill": [waiting.length, "waiting"],
+      "s-cleanup": [engine.ended, "ended"], "s-refill": [waiting.length, "waiting"],
       "s-prefill": [prefilling.length, left ? `prompts, ${big(left)} tokens to go` : prefilling.length === 1 ? "prompt" : "prompts"],
       "s-decode": [running.length - prefilling.length, "running"],
     };
@@ -68,15 +68,6 @@ const panels = {
       if (b.textContent !== big(n)) b.textContent = big(n);
       if (span.textContent !== word) span.textContent = word;
     }
-  },
-
-  nEnded: 0, endedIds: new Set(),
-  ended() { // since this page was opened
-    for (const task of engine.tasks.values()) {
-      if (!isLive(task) && !this.endedIds.has(task.id)) { this.endedIds.add(task.id); this.nEnded++; }
-    }
-    if (this.endedIds.size > 1000) this.endedIds = new Set([...this.endedIds].filter((id) => engine.tasks.has(id)));
-    return this.nEnded;
   },
 
   sum() {

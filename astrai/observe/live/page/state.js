@@ -12,7 +12,7 @@ const WAITS = {
 };
 const engine = {
   known: false, config: {}, tick: 0, time: 0, running: 0, waiting: 0, counts: [0, 0, 0], wait: null,
-  groups: [], player: null, tasks: new Map(), tables: new Map(), pages: new Int32Array(0),
+  groups: [], ended: 0, player: null, tasks: new Map(), tables: new Map(), pages: new Int32Array(0),
   holders: [], // page frame → ids of the tasks whose tables name it
   marks: [], flow: { ended: 0, admitted: 0, prefill: 0, decode: 0, preempted: 0 },
 };
@@ -79,7 +79,7 @@ function readChanges(frame) {
 function readFrame(frame) {
   const restart = frame.kind === "whole";
   if (restart) readWhole(frame); else readChanges(frame);
-  for (const name of ["tick", "time", "running", "waiting", "counts", "wait", "groups", "player"]) {
+  for (const name of ["tick", "time", "running", "waiting", "counts", "wait", "groups", "ended", "player"]) {
     engine[name] = frame[name];
   }
   rates.add(frame, restart);

@@ -51,7 +51,10 @@ const talk = {
   },
 
   ties: new Map(), // request name → the bubble that wears its colour
-  tie(bubble, name) { if (name) this.ties.set(name, bubble); },
+  tie(bubble, name) {
+    if (name) this.ties.set(name, bubble);
+    if (this.ties.size > 8) this.ties.delete(this.ties.keys().next().value);
+  },
   paint() {
     if (!this.ties.size) return;
     for (const task of engine.tasks.values()) {
