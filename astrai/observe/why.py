@@ -104,8 +104,8 @@ class WhyReader:
     """Keeps the story of every live request and of the last `n_ended` that ended.
 
     Pages are counted from "take", "share", "copy" and "return", reasons and ticks of waiting are
-    the scheduler's own. Who held what is noted when a reason begins and when a task joins a queue
-    that waits already. Owns the stories, and the lock between the thread of `apply` and `why`.
+    the scheduler's own. Who held what is noted when a reason begins, when somebody is admitted and
+    others wait on, and when a task joins a queue that waits already. Owns the stories, and the lock between the thread of `apply` and `why`.
     """
 
     def __init__(self, n_ended: int = 1024, max_live: int = 1 << 16) -> None:
@@ -114,6 +114,7 @@ class WhyReader:
         self._max_live = max_live
         self._tick = 0
         self._counted = True  # whether the wait of this tick is counted
+        self._admitted = False  # whether this tick admitted anybody
         self._requests: dict[str, list[_Story]] = {}  # request id → its choices
         self._ended: deque[tuple[str, list[_Story]]] = deque()
         self._live: dict[int, _Story] = {}  # task id → story
@@ -175,7 +176,7 @@ class WhyReader:
         if tick < self._tick:
             self._restarted()
         self._tick = tick
-        self._counted = False
+        self._counted = self._admitted = False
         handlers = self._handlers
         chunked: dict[int, None] = {}
         for kind, values in batch:
@@ -188,6 +189,9 @@ class WhyReader:
 
     def _close_tick(self) -> None:
         self._count_wait()
+        if self._blocked is not None and self._admitted and self._blocks[-1].tick != self._tick:
+            # The same reason, but others hold now what the queue waits for.
+            self._blocks.append(_Block(self._tick, self._blocked, self._holders(self._blocked)))
         if self._blocked is not None and self._joined:
             began = self._blocks[-1].tick
             late = [s for s in self._joined if s.task in self._queued and s.queued_since > began]
@@ -284,6 +288,7 @@ class WhyReader:
         if (story := self._live.get(task)) is None:
             return
         self._leave_queue(story, waits)
+        self._admitted = True
         self._held.setdefault(task, 0)
         story.slot = slot
         story.n_admitted += 1

@@ -106,6 +106,14 @@ def test_who_held_the_pages_and_slots_is_named() -> None:
         assert piece in told.text
 
 
+def test_who_came_after_the_first_holders_is_named_too() -> None:
+    _bench, engine, reader = watched(n_pages=64, max_slots=1)
+    engine.post(Message(add=[make_task(i, [i, 2, 3], 3) for i in (4, 5, 6)]))
+    run(engine)
+    (wait,) = story(reader, "r6")["waits"]  # type: ignore[misc, attr-defined]
+    assert [holder["task"] for holder in wait["held_by"]] == [4, 5]  # type: ignore[index]
+
+
 def test_a_preemption_names_who_took_the_pages() -> None:
     _bench, engine, reader = watched(n_pages=6, max_slots=2)
     engine.post(Message(add=[make_task(1, range(8), 16), make_task(2, range(20, 28), 12)]))
