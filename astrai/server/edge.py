@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from astrai.inference.admission import DeadlineExceeded, QueueFull, Refused, SlowReader
 from astrai.inference.intake import PromptTooLong
+from astrai.inference.sampling_params import MAX_N
 from astrai.server.chat import ChatFormat
 from astrai.server.errors import ApiError
 from astrai.server.fields import blame, parse_json
@@ -176,6 +177,13 @@ class Edge:
         """Put it in the book; the reply takes the id it has there."""
         if len(prompts) > MAX_PROMPTS:
             raise ApiError(f"{len(prompts)} prompts, expected at most {MAX_PROMPTS}", param=param)
+        n_choices = len(prompts) * call.params.n
+        if n_choices > MAX_N:
+            raise ApiError(
+                f"{len(prompts)} prompts with n = {call.params.n} are {n_choices} choices, "
+                f"expected at most {MAX_N}",
+                param="n",
+            )
         header = ("x-request-id", request.headers.get("x-request-id"))
         opened = OpenRequest(
             id=chosen_id(header, ("request_id", call.request_id)) or reply.id,
@@ -184,7 +192,7 @@ class Edge:
             owner=namespace_of(request),
             namespace=namespace_of(request, call.cache_salt),
             n_prompts=len(prompts),
-            n_choices=len(prompts) * call.params.n,
+            n_choices=n_choices,
             timeout=self._timeout(request, call),
         )
         self.requests.open(opened)

@@ -88,3 +88,6 @@ def test_too_many_prompts_are_refused_with_both_numbers(http: httpx.Client) -> N
     error = http.post(PATH, json={"prompt": [[1]] * 2049}).json()["error"]
     assert error["param"] == "prompt"
     assert "2049" in error["message"] and "2048" in error["message"]
+    error = http.post(PATH, json={"prompt": ["a", "b"], "n": 10_000}).json()["error"]
+    assert error["param"] == "n"
+    assert "20000" in error["message"] and "16384" in error["message"]
