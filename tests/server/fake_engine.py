@@ -52,6 +52,7 @@ class Budget:
 class ByteTokenizer:
     vocab_size = 257
     special_ids = frozenset({256})
+    has_chat_template = True
     chat_template = "a template that knows neither tools nor thoughts"
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -62,6 +63,11 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        return self.encode(self.render_chat(messages, add_generation_prompt))
 
     def render_chat(
         self,
