@@ -23,6 +23,8 @@ from astrai.observe.logs import configure
 from astrai.server.keys import KeyRing, check_tls
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from astrai.observe.tracing import Tracing
 
 EXIT_ENGINE_LOST = 70
@@ -55,9 +57,9 @@ def serve(
     started = time.perf_counter()
     keys, tracing = KeyRing.gather(door.api_keys, door.api_key_file), _tracing(door)
     check_tls(door)
-    logs = configure(door.log_format, door.log_level, prompts=door.log_prompts)
     with _bind(host, port) as listener:
         port = listener.getsockname()[1]
+        logs = configure(door.log_format, door.log_level, prompts=door.log_prompts)
         print(f"AstrAI {astrai.__version__}: loading {config.model}", flush=True)
         engine = _engine(config, in_process)
         from astrai.server.app import create_app
@@ -81,18 +83,7 @@ def serve(
             lines = _ready_lines(engine, served[0], _url(host, port, door), seconds, parsers)
             print("\n".join(lines), flush=True)
 
-        options = uvicorn.Config(
-            app,
-            http=_protocol(),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ssl_certfile=door.tls_cert,
-            ssl_keyfile=door.tls_key,
-            timeout_keep_alive=60,
-            timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
-        )
-        server = Server(options, engine, ready, drain_seconds)
+        server = Server(_options(app, door), engine, ready, drain_seconds)
         try:
             server.run(sockets=[listener])
         except OSError as error:
@@ -102,6 +93,20 @@ def serve(
     logs.close()
     print(server.account(), file=sys.stderr, flush=True)
     return server.exit_code
+
+
+def _options(app: FastAPI, door: DoorConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=_protocol(),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=door.tls_cert,
+        ssl_keyfile=door.tls_key,
+        timeout_keep_alive=60,
+        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+    )
 
 
 def _tracing(door: DoorConfig) -> Tracing | None:
