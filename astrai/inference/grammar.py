@@ -281,10 +281,12 @@ def _compiled(asked: StructuredOutput, table: Any) -> Any:
 
 def _internal(asked: StructuredOutput) -> str:
     """In the compiler's own format."""
-    from llguidance import LLMatcher, grammar_from
+    from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if asked.regex is not None:
-        grammar: str = LLMatcher.grammar_from_regex(asked.regex)
+        # \d as most callers mean it, not the digits of every script.
+        digits = regex_to_lark(asked.regex, "d")
+        grammar: str = LLMatcher.grammar_from_lark(f"start: /{digits}/")
     elif asked.choice is not None:
         # As a regex, because a quoted string that is the text of a special token would be that.
         grammar = LLMatcher.grammar_from_regex("|".join(map(re.escape, asked.choice)))

@@ -35,7 +35,8 @@ class StructuredOutput:
 
     json_schema: str | None = None  # a JSON schema as JSON text
     json_object: bool = False  # any JSON object
-    regex: str | None = None  # the whole output, in Rust's regex syntax: no look-around
+    # Of the whole output, in Rust's syntax: no look-around; \d is [0-9].
+    regex: str | None = None
     choice: tuple[str, ...] | None = None  # one of these texts
     grammar: str | None = None
     source: str = field(default="structured", compare=False)  # the request field to blame

@@ -181,6 +181,7 @@ def test_every_walk_through_the_masks_matches(seed: int) -> None:
     code = walk(StructuredOutput(regex=r"[A-Z]{2}-\d+(\.\d)?"), seed)
     assert code is not None
     assert re.fullmatch(r"[A-Z]{2}-\d+(\.\d)?", code)
+    assert allowed(matcher_of(StructuredOutput(regex=r"\d|[\d/]{2}")).mask()) == [*b"/0123456789"]
     words = ("yes", "no", "<eos>", 'a "b"\\\n/ é|(x)', "yes, but")
     assert walk(StructuredOutput(choice=words), seed) in words
     for ebnf in ('root ::= "yes" | "no"', 'start: A | "no"\nA: "yes"'):
