@@ -182,7 +182,8 @@ def configure(
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
-        old.close()
+        if isinstance(old, QueuedHandler):
+            old.close()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)  # other people's libraries
     logging.getLogger("astrai").setLevel(level.upper())
