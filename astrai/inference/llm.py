@@ -41,6 +41,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # why, when finish_reason is "error"
+    pooled: list[float] | None = None  # [hidden_size], if SamplingParams.pooling asked for it
 
 
 class RequestTimes(NamedTuple):
@@ -210,6 +211,7 @@ class LLM:
             if delta.finish_reason is not None:
                 self._finish(update, delta.finish_reason, output)
                 output.stop_reason, output.error = delta.stop_reason, delta.error
+                output.pooled = delta.pooled
 
     def _finish(self, update: Update, reason: FinishReason, output: CompletionOutput) -> None:
         output.finish_reason = reason

@@ -254,3 +254,6 @@ def test_pooled_states_are_the_hidden_states_of_the_prompt(llm: LLM, served: Asy
     (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     logits = llm.engine.runner.decoder.logits(lasts[-1][None])  # type: ignore[attr-defined]
     assert logits.argmax() == output.outputs[0].token_ids[0]
+    params = SamplingParams(max_tokens=0, pooling="mean")
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    assert torch.allclose(torch.tensor(output.outputs[0].pooled), mean, atol=0.05)
