@@ -156,7 +156,7 @@ class ProcessLink:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths},
         )
-        self._heard_at = time.monotonic()
+        self._heard_at = self._checked_at = time.monotonic()
         self._sender = Sender(self._pipe("stdin"), self._check_silence)
         self._sender.send(self._start)
         self._sender.start()
@@ -166,7 +166,11 @@ class ProcessLink:
 
     def _check_silence(self) -> list[Any]:
         """A child whose heart stopped would keep everybody waiting. While it loads it may."""
-        silent = time.monotonic() - self._heard_at
+        now = time.monotonic()
+        if now - self._checked_at > 1.0:  # this process was stopped itself: it heard nobody
+            self._heard_at = now
+        self._checked_at = now
+        silent = now - self._heard_at
         if self._connected and silent > self._silence and self._child.poll() is None:
             logger.error("the engine process said nothing for %.1f s: it is killed", silent)
             self._child.kill()
