@@ -8,8 +8,11 @@ With no reader attached an event costs one truth test at the place that would em
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # kind → the names of its values, in order. Every event also carries the tick in which it was
 # decided.
@@ -85,5 +88,10 @@ class EventLog:
             self.wake()
 
     def emit(self, kind: str, *values: Any) -> None:
+        """A reader that raises is detached, with a line in the log: it must not end the loop."""
         for reader in self._readers:
-            reader(self.tick, kind, values)
+            try:
+                reader(self.tick, kind, values)
+            except Exception:
+                self.detach(reader)
+                logger.exception("a reader failed at event %s and is detached: %r", kind, reader)

@@ -97,8 +97,8 @@ class Recorder:
     three recordings before it at this path are kept, as run.old.jsonl (the last), run.old2.jsonl
     and run.old3.jsonl.
 
-    A full disk ends the recording, not the engine: `error` then says why, and so does one line of
-    the log.
+    A full disk, or whatever else goes wrong here, ends the recording, not the engine: `error` then
+    says why, and so does one line of the log.
 
     Owns the files. Reads tasks of the scheduler, in the owner thread, and changes none.
     """
@@ -146,9 +146,13 @@ class Recorder:
         self._flush()
 
     def __call__(self, tick: int, kind: str, values: tuple[Any, ...]) -> None:
-        code = self._codes.get(kind)
-        if code is None or self.error is not None:
-            return
+        if self.error is None and (code := self._codes.get(kind)) is not None:
+            try:
+                self._take(code, tick, kind, values)
+            except Exception as error:
+                self._stop(error)
+
+    def _take(self, code: _Code, tick: int, kind: str, values: tuple[Any, ...]) -> None:
         if tick == self._tick:
             self._n_before += 1
         if kind in REPEATS:
@@ -317,8 +321,9 @@ class Recorder:
             return
         self._n_written += len(data)
 
-    def _stop(self, error: OSError) -> None:
-        self.error = f"recording to {self.path} ended at tick {self._tick}: {error}"
+    def _stop(self, error: Exception) -> None:
+        why = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        self.error = f"recording to {self.path} ended at tick {self._tick}: {why}"
         logger.warning(self.error)
         self._scheduler.events.detach(self)
         self._known.clear()

@@ -198,6 +198,31 @@ def json_header_size(path: Path) -> int:
     return len(path.read_bytes().split(b"\n", 1)[0]) + 1
 
 
+def test_what_cannot_be_written_ends_the_recording_only(tmp_path: Path) -> None:
+    bench = Bench(12)
+    recorder = Recorder(tmp_path / "run.jsonl", bench.scheduler, {})
+    bench.events.attach(recorder)
+    bench.events.emit("refuse", object(), "why")
+    bench.scheduler.tick()
+    assert not bench.events and recorder.error is not None and "TypeError" in recorder.error
+    recorder.close()
+
+
+def test_a_reader_that_raises_is_detached(caplog: pytest.LogCaptureFixture) -> None:
+    log = EventLog()
+    seen: list[int] = []
+
+    def broken(tick: int, kind: str, values: tuple[Any, ...]) -> None:
+        raise KeyError("broken")
+
+    log.attach(broken)
+    log.attach(lambda tick, kind, values: seen.append(values[0]))
+    log.emit("abort", 1)
+    log.emit("abort", 2)
+    assert seen == [1, 2] and len(caplog.records) == 1 and "abort" in caplog.text
+    log.detach(broken)
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     bench = Bench(12)
     with pytest.raises(FileNotFoundError, match="nowhere"):

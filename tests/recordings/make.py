@@ -34,7 +34,7 @@ def smollm2(path: Path) -> None:
     """The default model in a pool that is too small: real text, prefixes, choices, a schema."""
     from astrai import LLM, SamplingParams, StructuredOutput
 
-    llm = LLM("smollm2", record=str(path), max_slots=4, page_size=16, kv_tokens=192)
+    llm = LLM("smollm2", record=str(path), max_slots=4, page_size=16, kv_tokens=128)
     shared = "You are a helpful assistant who answers in short and simple words. "
     questions = ["What is a page?", "Name three colours.", "Say hello.", "Count to five.", "Why?"]
     greedy = [SamplingParams(temperature=0.0, max_tokens=20 + 7 * i) for i in range(5)]
