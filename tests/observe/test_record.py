@@ -10,6 +10,7 @@ import pytest
 from astrai.inference.engine import Engine, Message
 from astrai.inference.events import KINDS, EventLog
 from astrai.inference.recorder import Recorder, part_path
+from astrai.observe.live.source import Playback
 from astrai.observe.record import Event, Recording
 from astrai.observe.replay import replay
 from tests.mocks import Bench, make_task
@@ -57,6 +58,16 @@ def test_what_is_read_is_what_readers_saw(tmp_path: Path) -> None:
     for event in read:
         if event.kind == "tick":
             assert sum(event.values[3:6]) == 12
+
+
+def test_a_recording_plays_in_the_live_page(tmp_path: Path) -> None:
+    bench, _ = run(tmp_path / "run.jsonl")
+    playback = Playback(Recording(tmp_path / "run.jsonl").events())
+    player = playback.player()
+    assert player["last"] == bench.scheduler.n_tick - 1
+    playback.control(playing=False, at=player["last"])
+    assert playback.player()["tick"] == bench.scheduler.n_tick
+    assert playback.pull().whole()
 
 
 def test_times_count_from_the_start_of_the_recording(tmp_path: Path) -> None:
