@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import random
@@ -414,19 +416,18 @@ class Simulator:
         coming = next(stream, None)
         engine, runner, pool = self.engine, self.runner, self.books.pool
         began = time.perf_counter()
-        while True:
-            while coming is not None and coming.at <= runner.now:
-                self._arrive(coming)
-                coming = next(stream, None)
-            if not engine.idle:
-                engine.step()
-                counts = pool.counts
-                if counts.held > self._held:
-                    self._held = counts.held
-            elif coming is None:
-                break
-            else:
-                runner.now = coming.at
+        with _collector_paused():
+            while True:
+                while coming is not None and coming.at <= runner.now:
+                    self._arrive(coming)
+                    coming = next(stream, None)
+                if not engine.idle:
+                    engine.step()
+                    self._held = max(self._held, pool.counts.held)
+                elif coming is None:
+                    break
+                else:
+                    runner.now = coming.at
         host_seconds = time.perf_counter() - began
         self.scheduler.check()
         return self._report(host_seconds)
@@ -500,6 +501,19 @@ class Simulator:
             inter_token=percentiles(self._inter),
             host_seconds=host_seconds,
         )
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Ended tasks are in no cycle, so counting references frees them; walking hundreds of thousands
+    of waiting ones again and again took a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def percentiles(values: array[float]) -> tuple[float, ...]:
