@@ -22,6 +22,8 @@ from astrai.observe.ticks import Batch
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+# A client may send any word as its method.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Powers of about two and a half: fine enough for a percentile, few enough to keep.
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SLOW = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -127,8 +129,9 @@ class Metrics:
 
     def http(self, method: str, route: str, status: int, seconds: float) -> None:
         """A request was answered. `route` is the pattern, not the path: few values."""
+        labels = (method if method in _METHODS else "other", route, str(status))
         with self._lock:
-            self._http[method, route, str(status)] += 1
+            self._http[labels] += 1
             self._http_time.observe(seconds)
 
     # ── what is heard ───────────────────────────────────────────────────────────────────────────

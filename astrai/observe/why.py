@@ -103,9 +103,11 @@ class _Story:
 class WhyReader:
     """Keeps the story of every live request and of the last `n_ended` that ended.
 
-    Pages are counted from "take", "share", "copy" and "return", reasons and ticks of waiting are
-    the scheduler's own. Who held what is noted when a reason begins, when somebody is admitted and
-    others wait on, and when a task joins a queue that waits already. Owns the stories, and the lock between the thread of `apply` and `why`.
+    Pages are counted from "take", "share" and "return", reasons and ticks of waiting are the
+    scheduler's own. Who held what is noted when a reason begins, when somebody is admitted and
+    others wait on, and when a task joins a queue that waits already.
+
+    Owns the stories, and the lock between the thread of `apply` and that of `why`.
     """
 
     def __init__(self, n_ended: int = 1024, max_live: int = 1 << 16) -> None:

@@ -145,10 +145,13 @@ def test_http_requests_are_counted_by_route_and_status() -> None:
     _, _, metrics = watched(n_pages=4)
     metrics.http("POST", "/v1/completions", 200, 0.3)
     metrics.http("POST", "/v1/completions", 400, 0.002)
+    metrics.http("BREW-1", "none", 405, 0.001)
+    metrics.http("BREW-2", "none", 405, 0.001)
     now = scrape(metrics)
+    assert now["astrai_http_requests_total{method=other,route=none,status=405}"] == 2
     key = "astrai_http_requests_total{method=POST,route=/v1/completions,status=200}"
     assert now[key] == 1
-    assert now["astrai_http_seconds_count"] == 2
+    assert now["astrai_http_seconds_count"] == 4
 
 
 def test_a_restarted_engine_keeps_counters_monotone() -> None:
@@ -169,6 +172,24 @@ def test_a_restarted_engine_keeps_counters_monotone() -> None:
     assert scrape(metrics)["astrai_output_tokens_total"] == (
         before["astrai_output_tokens_total"] + 2
     )
+
+
+def test_a_reader_that_fails_is_dropped_and_the_engine_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench(n_pages=8)
+    heard: list[int] = []
+
+    def broken(tick: int, batch: object) -> None:
+        raise RuntimeError("my books are wrong")
+
+    bench.events.attach(Ticks(broken, lambda tick, batch: heard.append(tick)))
+    engine = Engine(bench.scheduler, bench.runner, bench.deliver)
+    engine.post(Message(add=[make_task(1, range(5), 4)]))
+    for _ in _until_idle(engine):
+        pass
+    assert bench.ends == {1: "length"} and len(heard) == bench.scheduler.n_tick
+    assert caplog.text.count("a reader of events failed at tick 1") == 1
 
 
 def _until_idle(engine: Engine) -> Iterator[None]:
