@@ -276,6 +276,7 @@ def _ready_lines(
         "",
         "Try:",
         *_curl(url, name, engine.tokenizer.chat_template is not None),
+        f"Watch: {url}/live",
         "",
     ]
 

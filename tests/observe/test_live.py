@@ -48,6 +48,7 @@ def assert_same(picture: Picture, bench: Bench) -> None:
     assert live.keys() == scheduler.tasks.keys()
     for id, task in scheduler.tasks.items():
         assert (live[id].slot, live[id].computed) == (task.slot, task.computed)
+        assert live[id].n_cached == task.n_cached
         assert live[id].table == task.page_table
 
 

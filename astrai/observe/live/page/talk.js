@@ -78,7 +78,7 @@ const talk = {
     const sends = calls.map(async ({ subjects, ...call }, i) => {
       await new Promise((resolve) => setTimeout(resolve, 800 * i));
       const prompt = subjects.map((subject, j) => `${SUBJECTS[subject]}\n\n${ASKS[(i + j) % ASKS.length]}\n`);
-      return (await post("v1/completions", { ...call, prompt, temperature: 0.9 })).json();
+      return (await post("v1/completions", { ...call, prompt, temperature: 0.9, ignore_eos: true })).json();
     });
     const failed = (await Promise.allSettled(sends)).filter((done) => done.status === "rejected");
     say(failed.length ? `${failed.length} of three calls failed: ${failed[0].reason.message}` : "All twelve are answered");
