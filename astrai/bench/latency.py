@@ -22,10 +22,9 @@ def main(argv: Sequence[str]) -> None:
     first, each = [], []
     for _ in range(args.repeat):
         prompt = text_prompt(llm.tokenizer, rng, args.prompt_tokens)
-        one = run(llm, [Request(prompt, 1)]).seconds
-        whole = run(llm, [Request(prompt, args.output_tokens)]).seconds
-        first.append(one * 1e3)
-        each.append((whole - one) / (args.output_tokens - 1) * 1e3)
+        times = run(llm, [Request(prompt, args.output_tokens)]).outputs[0].times
+        first.append(times.to_first_token * 1e3)
+        each.append(times.after_first_token / (args.output_tokens - 1) * 1e3)
     ttft, ms = statistics.median(first), statistics.median(each)
     cost, machine = floor_of(llm)
     context = args.prompt_tokens + args.output_tokens / 2

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from astrai.bench._common import Request, finish, load, parser, run, text_prompt, with_model
 from astrai.bench._floor import first_token_seconds, floor_of, reached
-from astrai.inference.llm import RequestTimes
 from astrai.inference.sampling_params import SamplingParams
 
 
@@ -29,12 +28,13 @@ def main(argv: Sequence[str]) -> None:
     for _ in range(2):  # a prompt that is computed, and one that is found
         llm.generate([prompt()], one, use_tqdm=False)
     run(llm, [Request(prompt(), 1)])
-    cold = [run(llm, [Request(prompt(), 1)]).seconds * 1e3 for _ in range(args.repeat)]
+    outputs = [run(llm, [Request(prompt(), 1)]).outputs[0] for _ in range(args.repeat)]
+    cold = [output.times.to_first_token * 1e3 for output in outputs]
     warm, cached = [], []
     for _ in range(args.repeat):  # the cache now holds what the last cold run left
         output = llm.generate([prompt()], one, use_tqdm=False)[0]
         cached.append(output.num_cached_tokens)
-        warm.append(_wait(output.times) * 1e3)
+        warm.append(output.times.to_first_token * 1e3)
     without, found = statistics.median(cold), statistics.median(warm)
     cost, machine = floor_of(llm)
     n = args.shared_tokens + args.own_tokens
@@ -54,9 +54,3 @@ def main(argv: Sequence[str]) -> None:
         "cached_tokens": min(cached),
     }
     finish(args, "prefix", lines, result)
-
-
-def _wait(times: RequestTimes) -> float:
-    if times.first_token is None:
-        raise RuntimeError("the request has no first token")
-    return times.first_token - times.arrived

@@ -90,6 +90,13 @@ class GpuModel:
         self._scratch(kv, state.max_slots)
 
     @property
+    def layer_flops(self) -> int:
+        """Operations of one position in one layer, attention apart."""
+        layer = self.layers[0]
+        matrices = (layer.qkv, layer.output, layer.gate_up, layer.down)
+        return 2 * sum(linear.weight.numel() for linear in matrices)
+
+    @property
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
 

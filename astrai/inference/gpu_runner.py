@@ -28,8 +28,10 @@ from astrai.models.decoder import Decoder
 # number of rows up to some hundreds, so the steps may be wide.
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _BUCKET_STEP = 32
-# Prompt positions of the prefill graphs (short prompts: launching takes longer than computing).
-_CHUNK_BUCKETS = (32, 64, 128, 256)
+# Prompt positions of the prefill graphs. They pay as long as launching the kernels of a layer one
+# by one takes longer than computing the layer.
+_CHUNK_BUCKETS = (32, 64, 128, 256, 384, 512, 768, 1024)
+_LAUNCH_SECONDS, _FLOPS_PER_SECOND = 300e-6, 600e12
 _CHUNK_ENDS = 8  # sampling rows of a prefill graph
 # Changes of slot state that fit the staging memory; more go in a copy of their own.
 _CHANGES = 8192
@@ -158,6 +160,8 @@ class GpuRunner:
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._decode_graphs: dict[int, _Captured] = {}
         self._prefill_graphs: dict[int, _Captured] = {}
+        most = min(max_chunk, _LAUNCH_SECONDS * _FLOPS_PER_SECOND / self.model.layer_flops)
+        self._chunk_buckets = [bucket for bucket in _CHUNK_BUCKETS if bucket <= most]
         self._unread: deque[GpuLaunch] = deque(maxlen=_RING - 1)
         self._turn = 0
         # Bucket, slots and positions of the decode rows that the device will have next by itself.
@@ -187,8 +191,8 @@ class GpuRunner:
             with torch.cuda.stream(self.stream), torch.inference_mode():
                 compile_ahead(self._launch_all)
                 self._decode_graph(1)
-                if self.max_chunk >= _CHUNK_BUCKETS[0]:
-                    self._prefill_graph(_CHUNK_BUCKETS[0])
+                for bucket in self._chunk_buckets[:1]:
+                    self._prefill_graph(bucket)
             torch.cuda.synchronize(self.device)
 
     def _launch_all(self) -> None:
@@ -337,7 +341,7 @@ class GpuRunner:
         )
         bucket = 0
         if self.graphs and len(ends) <= _CHUNK_ENDS and not scored and len(chunks) <= _CHUNK_ENDS:
-            bucket = next((b for b in _CHUNK_BUCKETS if n_rows <= b <= self.max_chunk), 0)
+            bucket = next((b for b in self._chunk_buckets if n_rows <= b), 0)
         if bucket and bucket not in self._prefill_graphs:
             self._prefill_graph(bucket)
         n_tiles = self._upload_chunks(entries, bucket)

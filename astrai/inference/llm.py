@@ -54,6 +54,20 @@ class RequestTimes(NamedTuple):
     waits: dict[str, int]  # reason → ticks spent waiting for it
     preemptions: int
 
+    @property
+    def to_first_token(self) -> float:
+        """Seconds from arrival; RuntimeError if there was no token."""
+        if self.first_token is None:
+            raise RuntimeError(f"{self.first_token = }: the request has no first token")
+        return self.first_token - self.arrived
+
+    @property
+    def after_first_token(self) -> float:
+        """Seconds from the first token to the end."""
+        if self.ended is None:
+            raise RuntimeError(f"{self.ended = }: the request has not ended")
+        return self.ended - self.arrived - self.to_first_token
+
 
 @dataclass(slots=True)
 class RequestOutput:
