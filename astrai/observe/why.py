@@ -98,6 +98,7 @@ class _Story:
     ended_tick: int = -1
     reason: str | None = None
     n_output: int = 0
+    lost: bool = False  # its engine ended without a word about it
 
 
 class WhyReader:
@@ -218,6 +219,7 @@ class WhyReader:
     def _restarted(self) -> None:
         """Ticks begin anew: what lived in the old engine is gone, and nobody said how it ended."""
         for story in list(self._live.values()):
+            story.lost = True
             self._finish(story, "error")
         self._held.clear()
         self._queued.clear()
@@ -232,6 +234,7 @@ class WhyReader:
         known = {task["task"] for task in tasks}
         for story in [s for s in self._live.values() if s.task not in known]:
             self._held.pop(story.task, None)
+            story.lost = True
             self._finish(story, "error")
 
     def _arrive(
@@ -414,7 +417,8 @@ class WhyReader:
             "n_prompt": story.n_prompt,
             "max_tokens": story.max_tokens,
             "priority": story.priority,
-            "n_output": story.n_output,
+            "n_output": None if story.lost else story.n_output,
+            "lost_with_its_engine": story.lost,
             "finish_reason": story.reason,
             "waits": [
                 {
@@ -498,7 +502,9 @@ class WhyReader:
             )
         if (spent := _tell_seconds(story)) is not None:
             parts.append(spent)
-        if story.reason is not None:
+        if story.lost:
+            parts.append(f"lost with its engine at tick {story.ended_tick}")
+        elif story.reason is not None:
             parts.append(
                 f"{_ENDS.get(story.reason, story.reason)} at tick {story.ended_tick} after "
                 f"{_count(story.n_output, 'token')}"

@@ -184,6 +184,8 @@ def test_an_engine_that_starts_anew_ends_what_lived_in_the_old_one() -> None:
     engine.post(Message(add=[make_task(1, range(5), 5)]))
     engine.step()
     engine.step()
+    engine.post(Message(add=[make_task(2, range(5), 5)]))
+    engine.step()
     fresh = Bench(n_pages=8)
     fresh.events.attach(Ticks(reader.apply))
     again = Engine(fresh.scheduler, fresh.runner, fresh.deliver)
@@ -192,3 +194,6 @@ def test_an_engine_that_starts_anew_ends_what_lived_in_the_old_one() -> None:
     assert story(reader, "r1")["state"] == "decode" or story(reader, "r1")["state"] == "prefill"
     run(again)
     assert story(reader, "r1")["n_output"] == 2
+    lost = reader.why("r2")
+    assert lost is not None and lost.text.endswith("lost with its engine at tick 3")
+    assert story(reader, "r2")["finish_reason"] == "error"
