@@ -369,7 +369,8 @@ class _Edits:
         self._flat = logits.view(-1)
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._logits = logits
-        self._unmasked: list[tuple[int | Tensor, Tensor]] = []  # rows, and what was there
+        self._unmasked: list[tuple[Tensor, Tensor]] = []  # rows, and what was there
+        self._rows_of_cpu: list[tuple[int, np.ndarray]] = []  # likewise, without torch's threads
         self._mask(rows)
         biased: list[tuple[int, float]] = []
         penalised: list[np.ndarray] = []
@@ -400,6 +401,8 @@ class _Edits:
             self._flat[at] = values
         for rows, values in self._unmasked:
             self._logits[rows] = values
+        for i, row in self._rows_of_cpu:
+            self._logits.numpy()[i] = row
 
     def _mask(self, rows: Sequence[SampleRow]) -> None:
         """-inf for all tokens that the masks do not allow; whole rows are kept for `undo`."""
@@ -409,7 +412,7 @@ class _Edits:
         if self._logits.device.type == "cpu":
             x = self._logits.numpy()
             for i, mask in masked:
-                self._unmasked.append((i, torch.from_numpy(x[i].copy())))
+                self._rows_of_cpu.append((i, x[i].copy()))
                 x[i] += _penalty_of(mask)[: self._vocab_size]
             return
         at = torch.tensor([i for i, _ in masked], device=self._logits.device)
