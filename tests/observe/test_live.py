@@ -317,6 +317,27 @@ def test_viewers_are_let_go_when_the_server_ends() -> None:
     asyncio.run(main())
 
 
+def test_a_picture_that_cannot_be_made_leaves_nobody_waiting() -> None:
+    async def main() -> None:
+        bench = Bench(30)
+        hub = Hub(LiveSource(lambda: bench.events))
+        viewer = hub.watch()
+        await next_frame(viewer)
+        making = hub._making
+        assert making is not None
+        pull, hub.source.pull = hub.source.pull, lambda: 1 / 0  # type: ignore[method-assign]
+        with pytest.raises(StopAsyncIteration):
+            await next_frame(viewer)
+        with pytest.raises(ZeroDivisionError):
+            await making
+        hub.source.pull = pull  # type: ignore[method-assign]
+        again = hub.watch()
+        assert (await next_frame(again))["kind"] == "whole"
+        await again.aclose()
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_was_started_again_is_seen_anew() -> None:
     class Restarted:
         """Events of two engines, one after the other, in one log."""

@@ -75,10 +75,10 @@ class Hub:
             raise TooManyViewers(f"{MAX_VIEWERS} viewers watch already, no more are let in")
         viewer = _Viewer()
         self._viewers.add(viewer)
-        if self._making is None:
-            self.source.open()
-            self._making = asyncio.create_task(self._make())
         try:
+            if self._making is None:
+                self.source.open()
+                self._making = asyncio.create_task(self._make())
             while not viewer.ended:
                 if viewer.behind:
                     # What changed until now is in the whole picture; it must not come twice.
@@ -103,12 +103,13 @@ class Hub:
                 self.source.close()
 
     async def _make(self) -> None:
-        while True:
-            await asyncio.sleep(1 / FRAMES_PER_SECOND)
-            self._publish()
-            if self._ending():
-                for viewer in self._viewers:
-                    viewer.end()
+        try:
+            while not self._ending():
+                await asyncio.sleep(1 / FRAMES_PER_SECOND)
+                self._publish()
+        finally:  # whatever ended it: nobody is left waiting, and who comes back begins anew
+            for viewer in self._viewers:
+                viewer.end()
 
     def _publish(self) -> None:
         picture, player = self.source.pull(), self.source.player()
