@@ -384,6 +384,59 @@ def _leave_part(
         tl.store(counter, 0)
 
 
+@triton.jit
+def _share_of(shares: tl.tensor, program: tl.tensor) -> tl.tensor:
+    """What the plan says of a program: see `DecodePlan.shares`."""
+    share = shares + 8 * program
+    row = tl.load(share)
+    before = tl.load(share + 1)
+    after = tl.load(share + 2)
+    position = tl.load(share + 3)
+    slot = tl.load(share + 4)
+    per = tl.load(share + 5)
+    stop = tl.load(share + 6)
+    return row, before, after, position, slot, per, stop
+
+
+@triton.jit
+def _row_after(
+    ends: tl.tensor, positions: tl.tensor, slots: tl.tensor, row: tl.tensor, done: tl.tensor,
+    n_rows: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """The next row if this one is done, else this one: where its units are, position, slot."""
+    row = tl.minimum(row + done.to(tl.int32), n_rows - 1)
+    before = tl.load(ends + row)
+    after = tl.load(ends + row + 1)
+    return row, before, after, tl.load(positions + row), tl.load(slots + row)
+
+
+@triton.jit
+def _own_part(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, fresh: tl.tensor, scale: tl.tensor,
+    QUERIES: tl.constexpr, DIM_PADDED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Maximum, denominator and sum over the new position alone; if it is not `fresh`, of none."""
+    own = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+    peak = tl.where(fresh, own, float("-inf"))
+    mass = tl.zeros([QUERIES], tl.float32) + tl.where(fresh, 1.0, 0.0)
+    total = tl.zeros([QUERIES, DIM_PADDED], tl.float32)
+    total += tl.where(fresh, v.to(tl.float32), 0.0)
+    return peak, mass, total
+
+
+@triton.jit
+def _store_whole(
+    out: tl.tensor, mass: tl.tensor, total: tl.tensor,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+) -> None:  # fmt: skip
+    """A head whose keys were all in one share."""
+    g = tl.arange(0, QUERIES)
+    d = tl.arange(0, DIM_PADDED)
+    value = (total / mass[:, None]).to(out.dtype.element_ty)
+    there = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    tl.store(out + g[:, None] * DIM + d[None, :], value, mask=there)
+
+
 @triton.jit(do_not_specialize=["n_rows", "table_stride"])
 def _decode_kernel(
     qkv: tl.tensor, out: tl.tensor, pages: tl.tensor, tables: tl.tensor, slots: tl.tensor,
@@ -399,14 +452,7 @@ def _decode_kernel(
     # Until `wait_for_inputs`, nothing is touched that the kernel before this one writes or reads:
     # the plan and the earlier keys are older than that.
     program = tl.program_id(0)
-    share = shares + 8 * program
-    row = tl.load(share)
-    before = tl.load(share + 1)
-    after = tl.load(share + 2)
-    position = tl.load(share + 3)
-    slot = tl.load(share + 4)
-    per = tl.load(share + 5)
-    stop = tl.load(share + 6)
+    row, before, after, position, slot, per, stop = _share_of(shares, program)
     at = program * per
     while at < stop:
         n_blocks = (after - before) // N_KV
@@ -420,11 +466,9 @@ def _decode_kernel(
         first = begin + at - start
         last = begin + here - start
         frames = _frames_of(table, first, position, PAGE, BLOCK)
-        next_row = tl.minimum(row + (here == after).to(tl.int32), n_rows - 1)
-        next_before = tl.load(ends + next_row)
-        next_after = tl.load(ends + next_row + 1)
-        next_position = tl.load(positions + next_row)
-        next_slot = tl.load(slots + next_row)
+        next_row, next_before, next_after, next_position, next_slot = _row_after(
+            ends, positions, slots, row, here == after, n_rows
+        )
         own_frame = tl.load(table + position // PAGE).to(tl.int64)
         if AHEAD:
             k, v = _load_keys(
@@ -444,11 +488,7 @@ def _decode_kernel(
             q_gains, k_gains, angles, head, fresh, eps,
             N_KV, DIM, DIM_PADDED, GROUP, QUERIES, PAGE, NORM, ROPE,
         )  # fmt: skip
-        own = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), axis=1) * scale
-        peak = tl.where(fresh, own, float("-inf"))
-        mass = tl.zeros([QUERIES], tl.float32) + tl.where(fresh, 1.0, 0.0)
-        total = tl.zeros([QUERIES, DIM_PADDED], tl.float32)
-        total += tl.where(fresh, own_v.to(tl.float32), 0.0)
+        peak, mass, total = _own_part(q, own_k, own_v, fresh, scale, QUERIES, DIM_PADDED)
         if AHEAD:
             peak, mass, total = _attend(
                 q, k, v, first, position, peak, mass, total, scale, BLOCK, WINDOW
@@ -463,23 +503,15 @@ def _decode_kernel(
             )
         target = out + row.to(tl.int64) * (GROUP * N_KV * DIM) + head * (GROUP * DIM)
         if here - at == n_blocks:
-            g = tl.arange(0, QUERIES)
-            d = tl.arange(0, DIM_PADDED)
-            value = (total / mass[:, None]).to(out.dtype.element_ty)
-            there = (g < GROUP)[:, None] & (d < DIM)[None, :]
-            tl.store(target + g[:, None] * DIM + d[None, :], value, mask=there)
+            _store_whole(target, mass, total, DIM, DIM_PADDED, GROUP, QUERIES)
         else:
             _leave_part(
                 target, sums, peaks, masses, counters + row * N_KV + head, peak, mass, total,
                 2 * program + (at != program * per).to(tl.int32), start, n_blocks, per,
                 DIM, DIM_PADDED, GROUP, GROUP_PADDED, QUERIES, WIDE,
             )  # fmt: skip
-        at = here
-        row = next_row
-        before = next_before
-        after = next_after
-        position = next_position
-        slot = next_slot
+        at, row, before, after = here, next_row, next_before, next_after
+        position, slot = next_position, next_slot
     wait_for_inputs(PDL)
     release_next(PDL)
 
