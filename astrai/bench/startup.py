@@ -73,7 +73,7 @@ def _seconds(command: list[str], cache: str) -> tuple[float, Any]:
 
 
 def _first_token(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds since this module was imported."""
+    """Seconds from here to the model's readiness and to the token."""
     from astrai.inference.sampling_params import SamplingParams
 
     started = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import tests.kernels.triton_interpreter  # noqa: F401  (before the kernels)
 from astrai.inference.sampler import Sampler, SampleRow
 from astrai.inference.sampling_params import SamplingParams
 from astrai.kernels.triton.elementwise import embed, rms_norm, scatter, silu_mul
+from astrai.kernels.triton.launch import compile_ahead, launch
 from astrai.kernels.triton.matvec import matvec
 from astrai.kernels.triton.product import Tile, add_norm, part_numbers, product, tile_of
 from astrai.kernels.triton.sampling import SamplingScratch, sample
@@ -147,3 +150,45 @@ def test_product_refuses_a_tile_of_other_parts() -> None:
     tile = Tile(16, 64, 32, 2, 4, 3, swap=False)
     with pytest.raises(ValueError, match="expected equal parts"):
         product(torch.zeros(2, 64), torch.zeros(4, 64), torch.zeros(2, 4), tile)
+
+
+class FakeKernel:
+    """Counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.launched: list[int] = []
+        self.compiled: list[tuple[tuple[int, ...], int]] = []
+        self.readied = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[[int], None]:
+        return self.launched.append
+
+    def warmup(self, value: int, grid: tuple[int, ...]) -> FakeKernel:
+        self.compiled.append((grid, value))
+        return self
+
+    @property
+    def run(self) -> None:
+        self.readied += 1
+
+
+def test_compiling_ahead_launches_nothing() -> None:
+    kernel = FakeKernel()
+
+    def work() -> None:
+        launch(kernel, (3,))(5)
+        launch(kernel, (4,))(6)
+
+    compile_ahead(work)
+    assert (kernel.launched, kernel.readied) == ([], 1)
+    assert kernel.compiled == [((3,), 5), ((4,), 6)]
+    work()
+    assert kernel.launched == [5, 6]
+
+
+def test_a_failure_while_compiling_ahead_leaves_launches_as_they_were() -> None:
+    kernel = FakeKernel()
+    with pytest.raises(ZeroDivisionError):
+        compile_ahead(lambda: 1 / 0)
+    launch(kernel, (1,))(7)
+    assert kernel.launched == [7]
