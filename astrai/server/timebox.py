@@ -29,7 +29,8 @@ class _Job(Generic[T]):
     """Work in one thread that another may interrupt.
 
     The exception is set only while the work runs, and `run` does not return before it arrived: the
-    thread belongs to a pool, and what it does next must not be hit. Owns the work.
+    thread belongs to a pool, and what it does next must not be hit. Work that is interrupted before
+    its thread begins with it is not begun. Owns the work.
     """
 
     def __init__(self, work: Callable[[], T]) -> None:
@@ -40,6 +41,8 @@ class _Job(Generic[T]):
 
     def run(self) -> T:
         with self._lock:
+            if self._interrupted:
+                raise OutOfTime
             self._thread = threading.get_ident()
         try:
             try:
@@ -57,8 +60,10 @@ class _Job(Generic[T]):
     def interrupt(self) -> None:
         """Once; any thread."""
         with self._lock:
-            if self._thread is not None and not self._interrupted:
-                self._interrupted = True
+            if self._interrupted:
+                return
+            self._interrupted = True
+            if self._thread is not None:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self._thread), ctypes.py_object(_Interrupt)
                 )
@@ -67,8 +72,9 @@ class _Job(Generic[T]):
         """The work is done: nobody interrupts from now on, and who did is waited for."""
         with self._lock:
             self._thread = None
+            hit = self._interrupted
         deadline = time.monotonic() + _GRACE_SECONDS
-        while self._interrupted and time.monotonic() < deadline:
+        while hit and time.monotonic() < deadline:
             time.sleep(0.0005)
 
 

@@ -37,6 +37,17 @@ def test_endless_work_is_interrupted_and_its_thread_serves_again() -> None:
     assert boxed(lambda: "well", 5) == "well"
 
 
+def test_work_that_waits_for_a_thread_until_its_time_is_over_never_begins() -> None:
+    async def crowd() -> None:
+        hanging = [asyncio.ensure_future(timeboxed(forever, 0.1)) for _ in range(12)]
+        for work in hanging:
+            with pytest.raises(OutOfTime):
+                await work
+        assert await timeboxed(lambda: "well", 5) == "well"
+
+    asyncio.run(crowd())
+
+
 def test_the_loop_turns_while_the_work_hangs() -> None:
     async def turns() -> int:
         working = asyncio.ensure_future(timeboxed(forever, 0.2))
