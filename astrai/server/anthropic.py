@@ -195,8 +195,8 @@ def _call(block: Json, at: str) -> Json:
 def _tool(tool: Json, at: str) -> Json:
     if tool.get("type") not in (None, "custom"):
         raise refuse(f"{at}.type", tool["type"])
-    wanted = {"name": "name", "description": "description", "strict": "strict"}
-    only(tool, _HARMLESS_TOOL | wanted.keys() | {"input_schema"}, at)
+    wanted = ("name", "description", "strict")
+    only(tool, _HARMLESS_TOOL.union(wanted, ("input_schema",)), at)
     if not isinstance(tool.get("input_schema"), dict):
         raise ApiError(f"{at}.input_schema: expected an object", param=f"{at}.input_schema")
     function = {name: tool[name] for name in wanted if tool.get(name) is not None}
@@ -373,7 +373,7 @@ class MessageReply(OneAnswer):
             return "max_tokens"
         if self._stop_sequence is not None:
             return "stop_sequence"
-        return "tool_use" if self._inputs else "end_turn"
+        return "tool_use" if self._inputs and not self._in_call else "end_turn"
 
     @property
     def _stop_sequence(self) -> str | None:
@@ -395,7 +395,7 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 def _object(text: str) -> Json:
-    """A call's input; what max_tokens cut short is no object, and stays readable as text."""
+    """A call's input; what was cut short is no object, and stays readable as text."""
     try:
         value = json.loads(text or "{}")
     except ValueError:

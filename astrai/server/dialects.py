@@ -105,6 +105,11 @@ class OneAnswer:
     def events(self, index: int, delta: StreamDelta) -> Iterator[bytes]:
         raise NotImplementedError
 
+    @property
+    def _in_call(self) -> bool:
+        """The text so far ends inside a call, whose arguments are not JSON."""
+        return self._reader is not None and self._reader.in_call
+
     def _parts(self, delta: StreamDelta) -> list[Part]:
         """What `delta` adds; also takes note of how the answer ends."""
         self.usage.add(delta)

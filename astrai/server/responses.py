@@ -269,7 +269,7 @@ class ResponseReply(OneAnswer):
         if self._open is not None and self._open["type"] == "reasoning":
             self._reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
-            yield from self._done(self._status)
+            yield from self._done("incomplete" if self._in_call else self._status)
 
     def end(self) -> Iterator[bytes]:
         yield self._event(f"response.{self._status}", response=self.whole())

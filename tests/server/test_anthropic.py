@@ -114,6 +114,18 @@ def test_thought_text_and_calls(thinker: tuple[anthropic.Anthropic, Thinker]) ->
         assert reply.stop_reason == "tool_use"
 
 
+def test_an_answer_that_stops_in_a_call_made_none(
+    thinker: tuple[anthropic.Anthropic, Thinker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, engine = thinker
+    monkeypatch.setattr(engine, "says", engine.says[: engine.says.rindex("}\n</tool_call>")])
+    asked: Any = {"model": "fake", "max_tokens": 999, "messages": HI, "tools": [WEATHER]}
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message()
+    assert whole.stop_reason == streamed.stop_reason == "end_turn"
+
+
 def test_what_came_out_goes_back_in(thinker: tuple[anthropic.Anthropic, Thinker]) -> None:
     client, engine = thinker
     first = client.messages.create(model="fake", max_tokens=999, messages=HI, tools=[WEATHER])

@@ -19,6 +19,8 @@ Json = dict[str, Any]
 class Script:
     """A reader that gives scripted parts: those of the next step for each text it is fed."""
 
+    in_call = False
+
     def __init__(self, steps: list[list[Part]]) -> None:
         self.steps = list(steps)
 

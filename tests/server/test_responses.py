@@ -126,6 +126,16 @@ def test_thought_text_and_calls(thinker: tuple[openai.OpenAI, Thinker]) -> None:
     assert reply.tools[0].type == "function" and reply.status == "completed"
 
 
+def test_a_call_in_which_the_answer_stops_is_not_complete(
+    thinker: tuple[openai.OpenAI, Thinker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, engine = thinker
+    monkeypatch.setattr(engine, "says", engine.says[: engine.says.rindex("}\n</tool_call>")])
+    reply = client.responses.create(model="fake", input="Both?", tools=[WEATHER])
+    *_, first, last = (item for item in reply.output if item.type == "function_call")
+    assert (first.status, last.status, reply.status) == ("completed", "incomplete", "completed")
+
+
 def test_streamed_items_are_the_whole_ones(thinker: tuple[openai.OpenAI, Thinker]) -> None:
     """The client's own accumulator puts the events together."""
     client, _ = thinker
