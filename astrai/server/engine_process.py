@@ -71,13 +71,13 @@ class ProcessLink:
         self._refused: Exception | None = None
         self._known = threading.Event()  # the first child is ready, or will not be
         self._connected = False
-        self._stopping = False
+        self._stopping = threading.Event()
         self._ended: str | None = None
         self._failure: str | None = None  # why the last child ended, while there is no next one
         self._health = Health(False, "the engine is starting", {})
         self._heard_at = time.monotonic()
         self._spawn()
-        self._supervisor = threading.Thread(target=self._supervise, name="astrai-link", daemon=True)
+        self._supervisor = threading.Thread(target=self._run, name="astrai-link", daemon=True)
 
     # ── any thread ──────────────────────────────────────────────────────────────────────────────
 
@@ -104,7 +104,8 @@ class ProcessLink:
         """The child's loop runs as soon as it is loaded."""
 
     def stop(self) -> None:
-        self._stopping = True
+        with self._lock:  # the child is the last one from here on
+            self._stopping.set()
         self._sender.send(Stop())
         self._sender.close(1.0)
         try:
@@ -176,12 +177,20 @@ class ProcessLink:
             self._child.kill()
         return []
 
+    def _run(self) -> None:
+        try:
+            self._supervise()
+        except Exception as error:  # nobody would be told anything any more
+            logger.exception("the supervision of the engine process failed")
+            self._child.kill()
+            self._end(f"the supervision of the engine process failed: {error}")
+
     def _supervise(self) -> None:
         quick_deaths = 0
         while True:
             started = time.monotonic()
             why = self._listen()
-            if self._stopping or self._front is None:
+            if self._stopping.is_set() or self._front is None:
                 self._end(why if self._front is None else "the engine was stopped")
                 return
             quick = time.monotonic() - started < QUICK_SECONDS
@@ -191,8 +200,14 @@ class ProcessLink:
                 return
             logger.error("%s; it is started again", why)
             self._bury(why)
-            time.sleep(0.0 if quick_deaths == 1 else 0.25 * 2**quick_deaths)
-            self._spawn()
+            self._stopping.wait(0.0 if quick_deaths == 1 else 0.25 * 2**quick_deaths)
+            with self._lock:
+                stopped = self._stopping.is_set()
+                if not stopped:
+                    self._spawn()
+            if stopped:
+                self._end("the engine was stopped")
+                return
 
     def _listen(self) -> str:
         """Take what the child says until it ends; why it ended."""
@@ -276,6 +291,7 @@ class ProcessLink:
 
     def _end(self, why: str) -> None:
         with self._lock:
+            self._connected = False
             self._ended = why
             told = [self._forget(i, "error", why) for i in list(self._tasks)]
         self._known.set()

@@ -15,6 +15,7 @@ import pytest
 from astrai.config import EngineConfig
 from astrai.inference.async_engine import AsyncEngine, StreamDelta
 from astrai.inference.sampling_params import SamplingParams
+from astrai.inference.task import Update
 from astrai.server import engine_process
 from astrai.server.engine_process import ProcessLink
 from tests.mocks import oracle
@@ -158,6 +159,39 @@ def test_too_many_deaths_are_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
             assert "given up" in (engine.ended or "") and not engine.healthy().ok
             last = (await answer(engine, [4]))[-1]
             assert last.finish_reason == "error" and "given up" in (last.error or "")
+
+        asyncio.run(run())
+
+
+def test_stopping_while_an_engine_is_to_be_started_again_starts_none() -> None:
+    with running() as (engine, link):
+
+        async def run() -> None:
+            first = link.pid
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: link.pid != first and engine.healthy().ok)
+            os.kill(link.pid, signal.SIGKILL)  # the next start waits a while
+            await until(lambda: "started again" in engine.healthy().reason)
+
+        asyncio.run(run())
+        died = link.pid
+        link.stop()
+        assert engine.ended == "the engine was stopped" and link.pid == died
+
+
+def test_supervision_that_fails_leaves_nobody_waiting() -> None:
+    with running() as (engine, link):
+        deliver = link._deliver
+
+        def fail_once(updates: list[Update]) -> None:
+            link._deliver = deliver
+            raise RuntimeError("not delivered")
+
+        async def run() -> None:
+            link._deliver = fail_once
+            last = (await answer(engine, [SLOW]))[-1]
+            assert last.finish_reason == "error" and "not delivered" in (last.error or "")
+            assert "not delivered" in (engine.ended or "")
 
         asyncio.run(run())
 
