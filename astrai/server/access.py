@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from astrai.observe.tracing import Phases
 from astrai.server.errors import ERROR, ApiError
 from astrai.server.guard import namespace_of
 from astrai.server.requests import OPENED, OpenRequest
@@ -87,7 +88,7 @@ class Access:
                 self._metrics.http(scope["method"], route, account.status, seconds)
             told = _fields(scope, account, route, seconds)
             if self._tracing is not None and scope.get(OPENED) is not None:
-                self._trace(scope, account, route, seconds, told)
+                _trace(self._tracing, scope, account, route, seconds, told)
             if account.body is not None:
                 told["body"] = bytes(account.body).decode("utf-8", errors="replace")
             quiet = route in _QUIET and account.status < 400
@@ -97,36 +98,37 @@ class Access:
         except Exception:
             trouble.exception("the account of a request failed")
 
-    def _trace(
-        self, scope: Scope, account: _Account, route: str, seconds: float, told: dict[str, Any]
-    ) -> None:
-        from astrai.observe.tracing import Phases
 
-        usage = scope[OPENED].usage
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
-        if self._tracing is not None:
-            self._tracing.record(
-                f"{scope['method']} {route}",
-                headers,
-                account.began,
-                account.began + seconds,
-                Phases(usage.queued, usage.prefill, usage.decode),
-                {
-                    "http.request.method": scope["method"],
-                    "http.route": route,
-                    "http.response.status_code": account.status,
-                    "gen_ai.request.model": scope[OPENED].model,
-                    "gen_ai.usage.input_tokens": usage.prompt,
-                    "gen_ai.usage.output_tokens": usage.completion,
-                    "astrai.request_id": told.get("request_id"),
-                    "astrai.cached_tokens": usage.cached,
-                    "astrai.preemptions": usage.preemptions,
-                    "astrai.outcome": told["outcome"],
-                },
-                failed=account.status >= 500 or told["outcome"] == "failed",
-            )
+def _trace(
+    tracing: Tracing,
+    scope: Scope,
+    account: _Account,
+    route: str,
+    seconds: float,
+    told: dict[str, Any],
+) -> None:
+    opened: OpenRequest = scope[OPENED]
+    usage = opened.usage
+    tracing.record(
+        f"{scope['method']} {route}",
+        {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
+        account.began,
+        account.began + seconds,
+        Phases(usage.queued, usage.prefill, usage.decode),
+        {
+            "http.request.method": scope["method"],
+            "http.route": route,
+            "http.response.status_code": account.status,
+            "gen_ai.request.model": opened.model,
+            "gen_ai.usage.input_tokens": usage.prompt,
+            "gen_ai.usage.output_tokens": usage.completion,
+            "astrai.request_id": opened.id,
+            "astrai.cached_tokens": usage.cached,
+            "astrai.preemptions": usage.preemptions,
+            "astrai.outcome": told["outcome"],
+        },
+        failed=account.status >= 500 or told["outcome"] == "failed",
+    )
 
 
 def _fields(scope: Scope, account: _Account, route: str, seconds: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from astrai.inference.admission import DeadlineExceeded, QueueFull, Refused, Slo
 from astrai.inference.intake import PromptTooLong
 from astrai.inference.sampling_params import MAX_N
 from astrai.server.chat import ChatFormat
-from astrai.server.errors import ApiError
+from astrai.server.errors import ERROR, ApiError
 from astrai.server.fields import blame, parse_json
 from astrai.server.guard import check_body, namespace_of
 from astrai.server.requests import OPENED, OpenRequest, RequestBook, chosen_id
@@ -149,7 +149,8 @@ class Edge:
         with self._ended_by_error(opened, param):
             source = self._deltas(opened, call, prompts)
             first = await _first(request, source)
-            return EventStream(_events(reply, first, source), source, opened.headers)
+            events = self._events(request, opened, reply, first, source)
+            return EventStream(events, source, opened.headers)
 
     async def answer_whole(
         self, request: Request, reply: Reply, call: Call, prompts: list[list[int]], param: str
@@ -245,6 +246,30 @@ class Edge:
         finally:
             self.requests.close(opened, why)
 
+    async def _events(
+        self,
+        request: Request,
+        opened: OpenRequest,
+        reply: StreamReply,
+        first: tuple[int, StreamDelta],
+        source: Deltas,
+    ) -> AsyncGenerator[bytes, None]:
+        """The reply as events; an error after the first is an event too, and the last one."""
+        try:
+            for event in reply.events(*first):
+                yield event
+            async for index, delta in source:
+                for event in reply.events(index, delta):
+                    yield event
+            for event in reply.end():
+                yield event
+        except Exception as error:
+            self.requests.close(opened, _reason(error))  # before `source`, which was only left
+            refusal = error if isinstance(error, ApiError) else api_error(error, None)
+            request.scope[ERROR] = refusal
+            for event in reply.failed(refusal):
+                yield event
+
 
 def _reason(error: BaseException) -> str | None:
     """What the book says of how a request ended; a client that leaves closes the generator."""
@@ -271,23 +296,6 @@ async def _next(source: Deltas) -> tuple[int, StreamDelta]:
 async def _collect(reply: Reply, source: Deltas) -> None:
     async for index, delta in source:
         reply.add(index, delta)
-
-
-async def _events(
-    reply: StreamReply, first: tuple[int, StreamDelta], source: Deltas
-) -> AsyncGenerator[bytes, None]:
-    """The reply as events; an error after the first is an event too, and the last one."""
-    try:
-        for event in reply.events(*first):
-            yield event
-        async for index, delta in source:
-            for event in reply.events(index, delta):
-                yield event
-        for event in reply.end():
-            yield event
-    except Exception as error:
-        for event in reply.failed(error if isinstance(error, ApiError) else api_error(error, None)):
-            yield event
 
 
 def _raise_if_failed(delta: StreamDelta, opened: OpenRequest) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from astrai.server.errors import ApiError
+from astrai.server.errors import ERROR, ApiError
 from astrai.server.keys import KeyRing
 
 MAX_SALT_LENGTH = 256
@@ -59,6 +59,7 @@ class Guard:
             _check_headers(scope)
             self._check_key(scope)
         except ApiError as error:
+            scope[ERROR] = error
             await _refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -121,8 +121,12 @@ class RequestBook:
         return len(self._open)
 
     def open(self, request: OpenRequest) -> None:
-        """Enter it under its id, or under a fresh one if an open request has that."""
-        if request.id in self._open:
+        """Enter it under its id, or under a fresh one if an open request, or another's, has that.
+
+        Else who takes the id of another's request would hide that one from its owner.
+        """
+        known = self._ended.get(request.id)
+        if request.id in self._open or (known is not None and known.owner != request.owner):
             request.id = f"req-{uuid.uuid4().hex}"
         self._open[request.id] = request
 

@@ -16,6 +16,7 @@ from astrai.observe.tracing import Tracing
 from astrai.server.access import Access
 from astrai.server.door import Door
 from astrai.server.keys import KeyRing
+from astrai.server.replies import CompletionReply
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import serving, wait_for
 
@@ -108,6 +109,24 @@ def test_a_refusal_is_told_by_its_code_and_never_quotes(http: httpx.Client, line
     line = lines.last(status=400)
     assert line["outcome"] == "failed" and line["error_param"].startswith("messages[0]")
     assert "secret" not in json.dumps(line)
+
+
+def test_a_refusal_at_the_door_is_told_by_its_code_too(http: httpx.Client, lines: Lines) -> None:
+    assert http.post(CHAT, json=HI, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert lines.last(status=401)["error_code"] == "invalid_api_key"
+
+
+def test_a_reply_that_cannot_be_written_failed_and_nobody_left(
+    http: httpx.Client, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(CompletionReply, "chunks", fail)
+    body = {"prompt": "x", "stream": True, "request_id": "unwritten"}
+    assert "ZeroDivisionError" in http.post("/v1/completions", json=body).text
+    assert lines.last(request_id="unwritten")["outcome"] == "failed"
+    assert http.get("/v1/requests/unwritten").json()["error"] == "ZeroDivisionError"
 
 
 def test_spans_of_a_request_carry_its_times_and_its_callers_trace(

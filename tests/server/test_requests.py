@@ -189,6 +189,9 @@ def test_no_key_sees_the_requests_of_another() -> None:
         assert http.get("/v1/requests/mine", headers=anna).json()["state"] == "ended"
         assert http.delete("/v1/requests/mine", headers=bert).status_code == 404
         assert http.delete("/v1/requests/mine").status_code == 401
+        taken = http.post(COMPLETIONS, json=body, headers=bert).headers["x-request-id"]
+        assert taken != "mine", "the id of another's request, which stays to be found"
+        assert http.get("/v1/requests/mine", headers=anna).status_code == 200
 
 
 def test_an_unknown_request_is_a_404(http: httpx.Client) -> None:
