@@ -311,6 +311,9 @@ class Scheduler:
 
     def _apply(self, entry: Entry, outcome: Outcome) -> None:
         task = entry.task
+        seated = entry.epoch == task.epoch and task.slot >= 0
+        # Preempted with a token on its way: its whole prompt is launched, and not scored again.
+        scored = seated or (entry.epoch == task.epoch and task.pending > 0)
         if entry.samples:
             task.pending -= 1
         if task.finish_reason is not None:
@@ -318,14 +321,13 @@ class Scheduler:
         if outcome.error is not None:
             self._end(task, "error", error=outcome.error)
             return
-        if entry.epoch == task.epoch and task.slot >= 0:
-            if outcome.prompt_logprobs:
-                task.prompt_logprobs += outcome.prompt_logprobs
-            if outcome.pooled:
-                task.pooled.append(outcome.pooled)
+        if scored and outcome.prompt_logprobs:
+            task.prompt_logprobs += outcome.prompt_logprobs
+        if seated and outcome.pooled:
+            task.pooled.append(outcome.pooled)
         if entry.samples:
             self._take_token(task, outcome)
-        if task.finish_reason is None and entry.epoch == task.epoch and task.slot >= 0:
+        if task.finish_reason is None and seated:
             self.books.commit(task, entry.start + entry.n)
             if task.samples_nothing and entry.start + entry.n == task.n_prompt:
                 self._end(task, "length")
@@ -385,9 +387,8 @@ class Scheduler:
         task.finish_reason, task.stop_reason, task.error = reason, stop_reason, error
         task.ended_at = self.clock()
         if task.slot >= 0:
-            self.books.commit(
-                task, min(task.computed, len(task.tokens) - 1) if reason != "error" else 0
-            )
+            if reason in ("stop", "length"):  # else a launch is on its way, and could still fail
+                self.books.commit(task, min(task.computed, len(task.tokens) - 1))
             self._unseat(task, keep=reason != "error")
         else:
             self._count_waits(task)
@@ -453,9 +454,10 @@ class Scheduler:
         task.wait_mark = {}
 
     def _unseat(self, task: Task, keep: bool = True) -> None:
-        if not keep:
-            self._clears += [f for f in task.page_table if self.books.pool.refs[f] == 1]
+        frames = task.page_table
         self.books.release(task, keep)
+        if not keep:  # what is still indexed was there before the task, and others will read it
+            self._clears += [frame for frame in frames if frame in self.books.pool.free_mask]
         self.free_slots.put(task.slot)
         task.slot = -1
         del self.running[task.id]
@@ -484,7 +486,7 @@ class Scheduler:
         if (entry := plan.entries.pop(victim, None)) is not None and entry.samples:
             victim.pending -= 1
         self._unseat(victim)
-        if not victim.n_output:
+        if not victim.n_output and not victim.pending:  # its prompt is computed, and scored, again
             victim.prompt_logprobs.clear()
             victim.pooled.clear()
         victim.n_preempted += 1
