@@ -12,7 +12,7 @@ from astrai.inference.events import EventLog
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
 from astrai.inference.structured import StructuredOutput
-from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, Update
+from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, TokenLogprob, Update
 
 VOCAB = 97
 
@@ -79,12 +79,15 @@ class MockRunner:
             for position in range(entry.start, entry.start + entry.n):
                 self._write(task, position, written)
         assert sum(len(group) for group in plan.groups) <= len(plan.entries)
-        return MockLaunch(
-            [
-                self._sample(e.task, e.start + e.n) if e.samples else self._pooled(e)
-                for e in plan.entries.values()
-            ]
-        )
+        return MockLaunch([self._outcome(entry) for entry in plan.entries.values()])
+
+    def _outcome(self, entry: Entry) -> Outcome:
+        task, start, n, samples, _ = entry
+        outcome = self._sample(task, start + n) if samples else self._pooled(entry)
+        if not task.wants_prompt_logprobs:
+            return outcome
+        scored = [TokenLogprob(token, 0.0, 1, ()) for token in task.prompt[start + 1 :][:n]]
+        return outcome._replace(prompt_logprobs=scored)
 
     def _pooled(self, entry: Entry) -> Outcome:
         """The sum of the tokens of the chunk, or what follows the last one, read from its pages."""
@@ -180,10 +183,8 @@ class Bench:
     ) -> None:
         self.events = EventLog()
         self.books = Books(n_pages, page_size, prefix_cache, self.events)
-        scheduler_config = SchedulerConfig(
-            max_slots=max_slots, prefill_budget=prefill_budget, **config
-        )  # type: ignore[arg-type]
-        self.scheduler = Scheduler(scheduler_config, self.books, Clock(), self.events)
+        planning = SchedulerConfig(max_slots, prefill_budget, **config)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(planning, self.books, Clock(), self.events)
         self.runner = MockRunner(self.books, depth)
         self.outputs: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}

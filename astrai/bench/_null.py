@@ -12,14 +12,7 @@ from astrai.inference.engine import Engine, Message
 from astrai.inference.events import EventLog
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.task import NOTHING, Outcome, Plan, Task, Update
-
-
-class Outcomes(NamedTuple):
-    outcomes: list[Outcome]
-
-    def wait(self) -> list[Outcome]:
-        return self.outcomes
+from astrai.inference.task import NOTHING, Done, Outcome, Plan, Task, Update
 
 
 class NullRunner:
@@ -32,10 +25,10 @@ class NullRunner:
         self.launches = 0
         self._token = Outcome(0)
 
-    def launch(self, plan: Plan) -> Outcomes:
+    def launch(self, plan: Plan) -> Done:
         self.busy += len(plan.entries)
         self.launches += 1
-        return Outcomes([self._token if e.samples else NOTHING for e in plan.entries.values()])
+        return Done([self._token if e.samples else NOTHING for e in plan.entries.values()])
 
 
 class Simulation(NamedTuple):

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from astrai.bench._common import finish, parser
-from astrai.bench._null import NullRunner, Outcomes
+from astrai.bench._null import NullRunner
 from astrai.config import EngineConfig, SchedulerConfig
 from astrai.inference.cache.books import Books
 from astrai.inference.engine import Engine
@@ -27,7 +27,7 @@ from astrai.inference.events import EventLog
 from astrai.inference.intake import Limits
 from astrai.inference.link import Assembled, Budget, Deliver, Front
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.task import Plan
+from astrai.inference.task import Done, Plan
 from astrai.models.tokenizer import ByteTokenizer
 
 _PROGRAM = """
@@ -50,7 +50,7 @@ class _PacedRunner(NullRunner):
         self._seconds = seconds
         self._due = 0.0
 
-    def launch(self, plan: Plan) -> Outcomes:
+    def launch(self, plan: Plan) -> Done:
         now = time.monotonic()
         self._due = max(self._due + self._seconds, now)
         time.sleep(self._due - now)

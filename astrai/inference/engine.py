@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from astrai.inference.scheduler import Results, Scheduler
 from astrai.inference.stall import StallWatch
-from astrai.inference.task import Outcome, Plan, Task, Update
+from astrai.inference.task import Done, Outcome, Plan, Task, Update
 
 if TYPE_CHECKING:
     from astrai.inference.grammar import Grammars
@@ -71,7 +71,7 @@ class Engine:
         self.grammars = grammars
         self.failure: str | None = None  # why the loop ended, if it did
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[Plan, Launch | Exception]] = deque()
+        self._in_flight: deque[tuple[Plan, Launch]] = deque()
         self._must_read = False  # the last plan was empty: only results can move anything
         self._stopping = False
         self._ended = False
@@ -164,13 +164,15 @@ class Engine:
             try:
                 if self.grammars is None or asked is None:
                     raise ValueError("structured output: this engine has no compiler")
-                for choice in (task, *task.siblings):
+                task.matcher = self.grammars.matcher(asked)
+                if task.matcher is None:
+                    continue
+                for choice in task.siblings:
                     choice.matcher = self.grammars.matcher(asked)
             except ValueError as error:
                 self.scheduler.grammar_done(task.id, str(error))
             else:
-                if task.matcher is not None:
-                    self.scheduler.grammar_done(task.id)
+                self.scheduler.grammar_done(task.id)
 
     def _loop(self) -> None:
         try:
@@ -181,7 +183,7 @@ class Engine:
                     self.watch.woke()
                     self._read(message)
                 self.step()
-        except Exception as error:
+        except BaseException as error:  # the panics of extension modules are no Exceptions
             self.failure = f"{type(error).__name__}: {error}"
             logger.exception("the engine loop ended")
         finally:
@@ -209,8 +211,6 @@ class Engine:
         plan, launch = self._in_flight.popleft()
         began = self.scheduler.clock()
         try:
-            if isinstance(launch, Exception):
-                raise launch
             outcomes = launch.wait()
         except Exception:
             outcomes = self._isolate(plan)
@@ -218,11 +218,15 @@ class Engine:
             events.emit("read", plan.tick, began, self.scheduler.clock())
         return Results(plan, outcomes)
 
-    def _launch(self, plan: Plan) -> Launch | Exception:
+    def _launch(self, plan: Plan) -> Launch:
         try:
             return self.runner.launch(plan)
-        except Exception as error:
-            return error
+        except Exception:
+            # Now, not when it is read: the next launch goes on from the tokens and pages of this.
+            for _, earlier in self._in_flight:
+                with contextlib.suppress(Exception):  # said when it is read
+                    earlier.wait()
+            return Done(self._isolate(plan))
 
     def _isolate(self, plan: Plan) -> list[Outcome]:
         """A launch failed: run its entries one by one, so that only those that fail alone are
@@ -237,9 +241,9 @@ class Engine:
                 groups = [[task]] if entry.n == 1 else []
                 alone = Plan(plan.tick, {task: entry}, clears, copies, groups)
                 outcomes += self.runner.launch(alone).wait()
+                clears, copies = [], []
             except Exception as cause:
                 outcomes.append(Outcome(error=f"{type(cause).__name__}: {cause}"))
-            clears, copies = [], []
         return outcomes
 
     def _refuse(self, task: Task, why: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,21 +13,12 @@ from astrai.inference.cache.storage import KVCache
 from astrai.inference.sampler import Sampled, Sampler, SampleRow
 from astrai.inference.sampling_params import bad_word_ends, early_ends
 from astrai.inference.structured import GrammarError
-from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, TokenLogprob
+from astrai.inference.task import NOTHING, Done, Entry, Outcome, Plan, Task, TokenLogprob
 from astrai.kernels.attention import AttentionBackend, AttentionBatch
 from astrai.models.decoder import Decoder
 
 # Prompt positions whose logits exist at once: bounds the memory of prompt_logprobs.
 _LOGPROB_ROWS = 64
-
-
-class Done(NamedTuple):
-    """A launch whose outcomes are known already."""
-
-    outcomes: list[Outcome]
-
-    def wait(self) -> list[Outcome]:
-        return self.outcomes
 
 
 class Runner:

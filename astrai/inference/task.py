@@ -38,6 +38,15 @@ class Outcome(NamedTuple):
 NOTHING = Outcome()
 
 
+class Done(NamedTuple):
+    """A launch whose outcomes are known already."""
+
+    outcomes: list[Outcome]
+
+    def wait(self) -> list[Outcome]:
+        return self.outcomes
+
+
 class Timings(NamedTuple):
     """Where the time of a task went, in seconds; None for what it never reached."""
 

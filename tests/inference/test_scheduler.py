@@ -198,6 +198,29 @@ def test_pages_of_a_failed_task_are_cleared_before_they_are_used_again() -> None
     assert bench.runner.frames[1:3] == [[-1] * 4] * 2 and bench.runner.frames[0][0] == 7
 
 
+def test_pages_of_a_failed_task_that_others_will_find_are_not_cleared() -> None:
+    bench = Bench(40, page_size=4, prefill_budget=100)
+    prompt = list(range(14))
+    run(bench, [make_task(0, prompt, 1)])
+    bench.runner.nan_on = {1}
+    run(bench, [make_task(1, [*prompt[:8], 50, 51], 3)])  # holds the first two of three pages
+    again = make_task(2, prompt, 3)
+    run(bench, [again])
+    assert bench.ends[1] == "error" and again.n_cached == 12
+    assert bench.outputs[2] == oracle(prompt, 3, 0)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("budget", [3, 8])
+def test_a_preempted_prompt_is_scored_once(depth: int, budget: int) -> None:
+    bench = Bench(6, max_slots=2, depth=depth, prefix_cache=False, prefill_budget=budget)
+    params = SamplingParams(max_tokens=8, prompt_logprobs=0)
+    scored = make_task(1, range(8), 8, params=params)
+    run(bench, [make_task(0, range(10, 18), 8), scored])
+    assert scored.n_preempted
+    assert [score.token for score in scored.prompt_logprobs] == list(range(1, 8))
+
+
 @pytest.mark.parametrize("prompt_length", [1, 4, 5, 8, 11])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_choices_share_the_prompt_and_copy_the_partial_page(
@@ -288,6 +311,22 @@ def test_one_bad_request_ends_alone() -> None:
         assert bench.outputs[i] == expected(tasks[i])
     bench.books.drop_cached()
     assert bench.books.counts.free == 100
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_launch_that_fails_costs_the_others_no_token(depth: int) -> None:
+    bench = Bench(100, depth=depth)
+    tasks = [make_task(i, [i, 2, 3], 12) for i in range(4)]
+    engine = engine_of(bench)
+    engine.post(Message(add=tasks))
+    for _ in range(5):
+        engine.step()
+    bench.runner.fail_on = {1}
+    while not engine.idle:
+        engine.step()
+        bench.scheduler.check()
+    assert bench.ends[1] == "error"
+    assert all(bench.outputs[i] == oracle([i, 2, 3], 12, 0) for i in (0, 2, 3))
 
 
 def test_pages_of_a_failed_task_are_not_found_again() -> None:
@@ -463,7 +502,7 @@ def test_any_pool_any_width_any_budget_gives_the_same_tokens(
 def test_a_clock_that_jumps_changes_no_decision() -> None:
     def decisions(clock: Callable[[], float]) -> list[tuple[int, str, object]]:
         bench = Bench(20, max_slots=6)
-        bench.scheduler._clock = clock
+        bench.scheduler.clock = clock
         seen: list[tuple[int, str, object]] = []
         timeless = {"take", "share", "evict", "return", "prefill", "decode", "preempt", "wait"}
         bench.events.attach(lambda t, kind, v: seen.append((t, kind, v)) if kind in timeless else 0)
