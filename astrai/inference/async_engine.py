@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -262,7 +263,7 @@ class AsyncEngine:
             if box := self._mailboxes.get(update.task.id):
                 by_loop.setdefault(box.loop, []).append((box, update))
         for loop, mail in by_loop.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # closed, and its streams with it
                 loop.call_soon_threadsafe(self._drop, mail)
 
     def _drop(self, mail: list[tuple[_Mailbox, Update]]) -> None:
@@ -272,9 +273,10 @@ class AsyncEngine:
                 text = f"{box.n_unread} tokens wait for a reader, at most {box.max_unread} may"
                 box.fail(SlowReader(text))
                 # Its stream may not wake for long: what it holds is given back now.
-                for task_id in [i for i, other in self._mailboxes.items() if other is box]:
+                task_ids = [i for i, other in self._mailboxes.items() if other is box]
+                for task_id in task_ids:
                     self._mailboxes.pop(task_id)
-                    self._link.post(Message(abort=[task_id]))
+                self._link.post(Message(abort=task_ids))
                 box.updates.clear()
 
 
