@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from astrai.server import openai
 from astrai.server.chat import ChatFormat
-from astrai.server.edge import Call
 from astrai.server.errors import ApiError
-from astrai.server.fields import Body
 from astrai.server.parts import Part, Reader, TextPart, joined
-from astrai.server.prompts import chat_prompt
+from astrai.server.prompts import Asked, chat_asked
 from astrai.server.usage import UsageSum
 
 if TYPE_CHECKING:
@@ -27,48 +23,23 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 
-class Extras(Body):
+class Extras(openai.SamplingFields):
     """This server's own fields, beside those of each API; they mean what they mean in a chat."""
 
-    min_p: float | None = None
-    seed: int | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    skip_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    priority: int | None = None
-    timeout: float | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    request_id: str | None = None
 
     def extras(self) -> Json:
         given = {name: getattr(self, name) for name in Extras.model_fields}
         return {name: value for name, value in given.items() if value is not None}
 
 
-class Asked(NamedTuple):
-    """A request of a dialect, ready for the engine."""
-
-    call: Call
-    ids: list[int]
-    reader: Callable[[], Reader] | None
-
-
 async def asked_of(chat_format: ChatFormat, body: Json, names: Mapping[str, str]) -> Asked:
     """From the body of a chat; `names` are what its fields are called in the dialect."""
     try:
         request = openai.parse_chat({k: v for k, v in body.items() if v is not None})
-        call = openai.chat_call(request)
-        talk = openai.chat_conversation(request)
-        prompt = await chat_prompt(chat_format, talk, call.params.structured)
+        return await chat_asked(chat_format, request)
     except ApiError as error:
         raise _renamed(error, names) from None
-    call = call._replace(params=prompt.applied(call.params))
-    return Asked(call, prompt.ids, prompt.reader)
 
 
 def _renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:

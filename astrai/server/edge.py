@@ -45,7 +45,6 @@ class Call(NamedTuple):
     """What a request asks of the engine, besides the prompt."""
 
     params: SamplingParams
-    model: str | None
     priority: int
     stream: bool
     include_usage: bool = False

@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import math
 import struct
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from astrai.inference.sampling_params import SamplingParams
 from astrai.server.edge import Call
 from astrai.server.errors import ApiError
-from astrai.server.fields import Body, Lists, parse
+from astrai.server.fields import EngineFields, Lists, parse
 
 if TYPE_CHECKING:
     from astrai.inference.async_engine import StreamDelta
@@ -29,7 +27,7 @@ LISTS = Lists(
 )
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(EngineFields):
     """`pooling` and `normalize` are this server's own; unit vectors are what OpenAI gives."""
 
     model: str | None = None
@@ -38,10 +36,6 @@ class EmbeddingRequest(Body):
     pooling: Literal["mean", "last"] | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
-    priority: int | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    request_id: str | None = None
-    timeout: float | None = None
 
 
 def parse_embedding(body: dict[str, Any]) -> EmbeddingRequest:
@@ -55,7 +49,6 @@ def parse_embedding(body: dict[str, Any]) -> EmbeddingRequest:
 def embedding_call(request: EmbeddingRequest) -> Call:
     return Call(
         params=SamplingParams(max_tokens=0, pooling=request.pooling or "mean"),
-        model=request.model,
         priority=request.priority or 0,
         stream=False,
         cache_salt=request.cache_salt,

@@ -7,9 +7,9 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.structured import GrammarError
@@ -23,6 +23,15 @@ _BLAMED = {field.name for field in dataclasses.fields(SamplingParams)} | {"promp
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class EngineFields(Body):
+    """What a request may say on every route that asks something of the engine."""
+
+    priority: int | None = None
+    timeout: float | None = None  # seconds
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    request_id: str | None = None
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from astrai.server.errors import ERROR, ApiError
 from astrai.server.keys import KeyRing
 
-MAX_SALT_LENGTH = 256
 MAX_HEADER_BYTES = 32 << 10
 MAX_URL_BYTES = 8 << 10
 
@@ -27,17 +26,9 @@ def namespace_of(request: HTTPConnection, cache_salt: str | None = None) -> str:
     """The prefix-cache tenant of a request: the name of its key, refined by `cache_salt`.
 
     Without keys everybody shares one namespace, and a salt parts it. Names hold no "/".
-    Raises ApiError 400 if the salt is too long.
     """
     tenant: str = request.scope.get(_TENANT, "")
-    if not cache_salt:
-        return tenant
-    if len(cache_salt) > MAX_SALT_LENGTH:
-        raise ApiError(
-            f"cache_salt has {len(cache_salt)} characters, expected at most {MAX_SALT_LENGTH}",
-            param="cache_salt",
-        )
-    return f"{tenant}/{cache_salt}"
+    return f"{tenant}/{cache_salt}" if cache_salt else tenant
 
 
 class Guard:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from astrai.inference.sampling_params import SamplingParams
 from astrai.server.chat import Conversation
 from astrai.server.edge import Call
 from astrai.server.errors import ApiError
-from astrai.server.fields import Body, Lists, blame, screen, validate
+from astrai.server.fields import Body, EngineFields, Lists, blame, screen, validate
 from astrai.server.messages import (
     Messages,
     ToolChoice,
@@ -99,33 +97,35 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class _Request(StructuredFields, Body):
-    """The implemented fields of both routes; the sampling fields carry `SamplingParams`' names."""
+class SamplingFields(EngineFields):
+    """Of sampling, what is called and means the same on every route that samples, also where the
+    API that the route speaks does not have it. The names are those of `SamplingParams`."""
 
-    model: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     min_p: float | None = None
-    n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
+
+
+class _Request(StructuredFields, SamplingFields):
+    """The implemented fields of both routes."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool | None = None
-    priority: int | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    request_id: str | None = None
-    timeout: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -261,7 +261,6 @@ def _call(
         raise blame(error) from None
     return Call(
         params=params,
-        model=request.model,
         priority=request.priority or 0,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from astrai.server import openai
 from astrai.server.chat import ChatFormat, ChatPrompt, Conversation, TemplateRefusal
-from astrai.server.edge import off_loop
+from astrai.server.edge import Call, off_loop
 from astrai.server.errors import ApiError
 from astrai.server.fields import blame
+from astrai.server.parts import Reader
 from astrai.server.replies import Echo
 from astrai.server.timebox import OutOfTime, timeboxed
 
@@ -21,6 +23,23 @@ TEMPLATE_SECONDS = 5.0
 _CHARACTERS_A_SECOND = 200_000
 
 Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
+
+
+class Asked(NamedTuple):
+    """A request of a chat, ready for the engine."""
+
+    call: Call
+    ids: list[int]
+    reader: Callable[[], Reader] | None  # makes what reads a choice's text; None: all is said
+
+
+async def chat_asked(chat_format: ChatFormat, request: openai.ChatRequest) -> Asked:
+    """ApiError as of what is wrong with its fields, or with the conversation."""
+    call = openai.chat_call(request)
+    talk = openai.chat_conversation(request)
+    prompt = await chat_prompt(chat_format, talk, call.params.structured)
+    call = call._replace(params=prompt.applied(call.params))
+    return Asked(call, prompt.ids, prompt.reader)
 
 
 async def chat_prompt(

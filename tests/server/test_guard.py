@@ -165,12 +165,6 @@ def test_huge_headers_and_urls_are_refused_with_both_numbers(door: TestClient) -
     assert response.status_code == 414
 
 
-def test_a_salt_has_a_bound() -> None:
-    request = Request({"type": "http", "headers": []})
-    with pytest.raises(ApiError, match="257 characters, expected at most 256"):
-        namespace_of(request, "x" * 257)
-
-
 # ── what a body may hold ────────────────────────────────────────────────────────────────────────
 
 SMALL = BodyLimits(

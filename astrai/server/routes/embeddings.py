@@ -14,9 +14,9 @@ from astrai.server.prompts import encoded
 def mount(app: FastAPI, edge: Edge) -> None:
     @app.post("/v1/embeddings", openapi_extra=schema_of(embeddings.EmbeddingRequest))
     async def embed(request: Request) -> Response:
-        asked = embeddings.parse_embedding(await edge.json(request))
-        call = embeddings.embedding_call(asked)
-        name = edge.check_model(call.model)
-        prompts = await encoded(edge.engine.tokenizer, asked.input, asked.add_special_tokens)
-        reply = embeddings.EmbeddingReply(edge.new_id("embd"), name, asked)
+        parsed = embeddings.parse_embedding(await edge.json(request))
+        name = edge.check_model(parsed.model)
+        call = embeddings.embedding_call(parsed)
+        prompts = await encoded(edge.engine.tokenizer, parsed.input, parsed.add_special_tokens)
+        reply = embeddings.EmbeddingReply(edge.new_id("embd"), name, parsed)
         return await edge.answer_whole(request, reply, call, prompts, "input")

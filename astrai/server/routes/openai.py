@@ -9,13 +9,15 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from astrai.server import openai
-from astrai.server.edge import Call, Edge
+from astrai.server.edge import Edge
 from astrai.server.fields import schema_of
-from astrai.server.prompts import chat_prompt, echoed, encoded
+from astrai.server.prompts import chat_asked, echoed, encoded
 from astrai.server.replies import ChatReply, CompletionReply
 
 
 def mount(app: FastAPI, edge: Edge) -> None:
+    tokenizer = edge.engine.tokenizer
+
     @app.get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [_card(edge, name) for name in edge.names]})
@@ -26,23 +28,33 @@ def mount(app: FastAPI, edge: Edge) -> None:
 
     @app.post("/v1/chat/completions", openapi_extra=schema_of(openai.ChatRequest))
     async def chat(request: Request) -> Response:
-        asked = openai.parse_chat(await edge.json(request))
-        call = openai.chat_call(asked)
-        args = _reply_args(edge, "chatcmpl", call)
-        talk = openai.chat_conversation(asked)
-        prompt = await chat_prompt(edge.chat_format, talk, call.params.structured)
-        call = call._replace(params=prompt.applied(call.params))
-        reply = ChatReply(*args, prompt.reader)
-        return await edge.answer(request, reply, call, [prompt.ids], "messages")
+        parsed = openai.parse_chat(await edge.json(request))
+        name = edge.check_model(parsed.model)
+        asked = await chat_asked(edge.chat_format, parsed)
+        reply = ChatReply(
+            edge.new_id("chatcmpl"),
+            name,
+            tokenizer,
+            asked.call.params.logprobs,
+            asked.call.include_usage,
+            asked.reader,
+        )
+        return await edge.answer(request, reply, asked.call, [asked.ids], "messages")
 
     @app.post("/v1/completions", openapi_extra=schema_of(openai.CompletionRequest))
     async def completions(request: Request) -> Response:
-        asked = openai.parse_completion(await edge.json(request))
-        call = openai.completion_call(asked)
-        args = _reply_args(edge, "cmpl", call)
-        prompts = await encoded(edge.engine.tokenizer, asked.prompt, asked.add_special_tokens)
-        echo = echoed(edge.engine.tokenizer, asked, prompts) if asked.echo else None
-        reply = CompletionReply(*args, echo)
+        parsed = openai.parse_completion(await edge.json(request))
+        name = edge.check_model(parsed.model)
+        call = openai.completion_call(parsed)
+        prompts = await encoded(tokenizer, parsed.prompt, parsed.add_special_tokens)
+        reply = CompletionReply(
+            edge.new_id("cmpl"),
+            name,
+            tokenizer,
+            call.params.logprobs,
+            call.include_usage,
+            echoed(tokenizer, parsed, prompts) if parsed.echo else None,
+        )
         return await edge.answer(request, reply, call, prompts, "prompt")
 
 
@@ -54,9 +66,3 @@ def _card(edge: Edge, name: str) -> dict[str, Any]:
         "owned_by": "astrai",
         "max_model_len": edge.engine.max_model_len,
     }
-
-
-def _reply_args(edge: Edge, prefix: str, call: Call) -> tuple[str, str, Any, int | None, bool]:
-    name = edge.check_model(call.model)
-    id = edge.new_id(prefix)
-    return id, name, edge.engine.tokenizer, call.params.logprobs, call.include_usage
