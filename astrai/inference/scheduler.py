@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,8 @@ from astrai.config import SchedulerConfig
 from astrai.inference.cache.bitmask import BitMask
 from astrai.inference.cache.books import Books
 from astrai.inference.events import EventLog
+from astrai.inference.grouping import groups_of
+from astrai.inference.snapshot import snapshot_of
 from astrai.inference.task import (
     WAIT_REASONS,
     Entry,
@@ -21,10 +22,7 @@ from astrai.inference.task import (
     Update,
     WaitReason,
 )
-
-# Pages of padding that cost about as much as one more matmul per layer (measured on two CPU cores:
-# 40 µs for a group, 3 µs for a page of one task).
-GROUP_PADDING = 14
+from astrai.inference.waiting import WaitingQueue
 
 
 def _nobody_asks() -> float:
@@ -44,8 +42,8 @@ class Scheduler:
     One owner thread calls `add`, `abort` and `tick`; nothing else touches a task, a page or a slot.
 
     Invariants, checked by `check`:
-      - a task is in exactly one of waiting, running, held back by its leader, ended;
-      - running tasks, and only they, own a slot and pages.
+      - a task is in exactly one of waiting, gated, running, held back by its leader, ended;
+      - running tasks, and only they, own a slot, pages and pooled states; none of them is gated.
 
     Owns tasks, slots and the order of both. Does not own page state (Books) nor anything on a
     device (the runner).
@@ -59,9 +57,7 @@ class Scheduler:
         self.events = events
         self.n_tick = 0
         self.running: dict[int, Task] = {}  # task id → task, in order of admission
-        self.waiting: list[
-            tuple[tuple[int, int, int], Task]
-        ] = []  # heap by key; ended tasks leave when they surface
+        self.waiting = WaitingQueue()
         self.gated: dict[int, Task] = {}  # wait for their grammar, beside the queue
         self.tasks: dict[int, Task] = {}  # every task that has not ended
         self.free_slots = BitMask(config.max_slots)  # free = ~occupied
@@ -134,7 +130,8 @@ class Scheduler:
         self.events.tick = self.n_tick
         plan = Plan(self.n_tick)
         if self.events.snapshot_due:
-            self._emit_snapshot()
+            self.events.snapshot_due = False
+            self.events.emit("snapshot", *snapshot_of(self))
         clock = self.clock if self.events else _nobody_asks
         began = clock()
         self.cleanup(results)
@@ -174,20 +171,16 @@ class Scheduler:
         blocked: WaitReason | None = None
         backlog = sum(task.wanted for task in self.running.values() if task.prefilling)
         closed = self.config.batching == "static" and bool(self.running)
-        while self.waiting and blocked is None:
-            task = self.waiting[0][1]
-            if task.finish_reason is not None:
-                heapq.heappop(self.waiting)
-            elif closed:
-                blocked = "slots"
-            elif (blocked := self._why_not(task, backlog, plan)) is None:
-                heapq.heappop(self.waiting)
-                self._seat(task)
-                backlog += task.wanted
-        if blocked is not None:
-            self.wait_ticks[blocked] += 1
-        if blocked != self.blocked and self.events and blocked is not None:
-            self.events.emit("wait", blocked, self.waiting[0][1].id, self.n_waiting)
+        while blocked is None and (head := self.waiting.head) is not None:
+            blocked = "slots" if closed else self._why_not(head, backlog, plan)
+            if blocked is None:
+                self.waiting.remove(head)
+                self._seat(head)
+                backlog += head.wanted
+            else:
+                self.wait_ticks[blocked] += 1
+                if blocked != self.blocked and self.events:
+                    self.events.emit("wait", blocked, head.id, self.n_waiting)
         self.blocked = blocked
 
     def prefill(self, plan: Plan) -> None:
@@ -221,7 +214,7 @@ class Scheduler:
                 self._plan_entry(plan, task, 1)
                 steps.append(task)
         steps = [task for task in steps if task in plan.entries]
-        plan.groups = self._group(steps)
+        plan.groups = groups_of(steps, self.config.group_decode)
         if steps and self.events:
             self.events.emit("decode", [task.id for group in plan.groups for task in group])
             self.events.emit("groups", [len(group) for group in plan.groups])
@@ -252,11 +245,33 @@ class Scheduler:
             raise RuntimeError(
                 f"slots of running tasks {slots} and {free = } are not all slots once"
             )
+        held_back = [s.id for t in self.tasks.values() for s in t.siblings if s.id in self.tasks]
+        queued = [task.id for task in self.waiting.in_order()]
+        places = [*self.running, *queued, *self.gated, *held_back]
+        if sorted(places) != sorted(self.tasks):
+            raise RuntimeError(
+                f"{len(self.running)} running, {queued = }, gated {list(self.gated)} and "
+                f"{held_back = } are not the {len(self.tasks)} tasks once"
+            )
         for task in self.tasks.values():
-            if task.id not in self.running and (task.slot >= 0 or task.page_table):
-                raise RuntimeError(
-                    f"task {task.id} does not run, but has {task.slot = }, {task.page_table = }"
-                )
+            self._check_task(task)
+
+    def _check_task(self, task: Task) -> None:
+        runs = task.id in self.running
+        if runs and task.gated:
+            raise RuntimeError(f"task {task.id} runs, but its grammar is not compiled")
+        if not runs and (task.slot >= 0 or task.page_table):
+            raise RuntimeError(
+                f"task {task.id} does not run, but has {task.slot = }, {task.page_table = }"
+            )
+        if task.computed not in range(task.target + 1) or task.pending < 0:
+            raise RuntimeError(
+                f"task {task.id} has {task.computed = }, {task.pending = }, {task.target = }"
+            )
+        if task.pooled and (task.params.pooling is None or not runs):
+            raise RuntimeError(
+                f"task {task.id} has pooled states: {task.params.pooling = }, {runs = }"
+            )
 
     def _emit_tick(self) -> None:
         free, cached, held, _ = self.books.counts
@@ -264,39 +279,6 @@ class Scheduler:
         self.events.emit(
             "tick", self.clock(), n_running, self.n_waiting, free, cached, held, self.n_output
         )
-
-    def _emit_snapshot(self) -> None:
-        """What a reader needs that saw nothing until now. O(tasks + pages they hold or cache)."""
-        self.events.snapshot_due = False
-        config = {
-            "n_pages": self.books.pool.n_pages,
-            "page_size": self.books.page_size,
-            "max_slots": self.config.max_slots,
-            "prefill_budget": self.config.prefill_budget,
-            "group_decode": self.config.group_decode,
-            "batching": self.config.batching,
-        }
-        tasks = [
-            {
-                "task": task.id,
-                "request": task.request_id,
-                "n_prompt": task.n_prompt,
-                "max_tokens": task.max_tokens,
-                "priority": task.priority,
-                "slot": task.slot,
-                "computed": task.computed,
-                "n_output": task.n_output,
-                "n_cached": task.n_cached,
-                "n_preempted": task.n_preempted,
-                "arrived": task.arrived_at,
-                "admitted": task.admitted_at,
-                "first_token": task.first_token_at,
-                "frames": list(task.page_table),
-            }
-            for task in self.tasks.values()
-        ]
-        indexed = self.books.prefix.frames() if self.books.prefix_cache else []
-        self.events.emit("snapshot", self.clock(), config, tasks, indexed, self.blocked)
 
     # ── pieces of the phases ──────────────────────────────────────────────────────────────────────
 
@@ -307,7 +289,7 @@ class Scheduler:
         if task.gated:
             self.gated[task.id] = task
             return
-        heapq.heappush(self.waiting, (task.key, task))
+        self.waiting.push(task)
 
     def _apply(self, entry: Entry, outcome: Outcome) -> None:
         task = entry.task
@@ -392,7 +374,8 @@ class Scheduler:
             self._unseat(task, keep=reason != "error")
         else:
             self._count_waits(task)
-        self.gated.pop(task.id, None)
+            self.waiting.remove(task)
+            self.gated.pop(task.id, None)
         self._release_siblings(task)
         del self.tasks[task.id]
         self._report(task, [], [])
@@ -494,26 +477,3 @@ class Scheduler:
         self._enqueue(victim)
         if self.events:
             self.events.emit("preempt", victim.id, by.id)
-
-    def _group(self, steps: list[Task]) -> list[list[Task]]:
-        """Decode entries that share one dense matmul, by what their attention has in common.
-
-        "position": the same position, so nothing is padded. "length": similar numbers of pages,
-        the shorter tables padded, as long as that costs less than another matmul would.
-        """
-        kind = self.config.group_decode
-        if kind == "off":
-            return [[task] for task in steps]
-        groups: dict[int, list[Task]] = {}
-        if kind == "position":
-            for task in steps:
-                groups.setdefault(task.computed, []).append(task)
-            return list(groups.values())
-        width = padded = 0
-        for task in sorted(steps, key=lambda task: -len(task.page_table)):
-            padded += width - len(task.page_table)
-            if not groups or padded > GROUP_PADDING:
-                width, padded = len(task.page_table), 0
-                groups[len(groups)] = []
-            groups[len(groups) - 1].append(task)
-        return list(groups.values())

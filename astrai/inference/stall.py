@@ -108,7 +108,6 @@ def describe(scheduler: Scheduler, plan: Plan | None) -> dict[str, Any]:
 
     From another thread a loop that does move may be caught between two of its steps.
     """
-    queue = sorted(scheduler.waiting, key=lambda pair: pair[0])
     running = list(scheduler.running.values())
     counts = scheduler.books.counts
     return {
@@ -118,7 +117,7 @@ def describe(scheduler: Scheduler, plan: Plan | None) -> dict[str, Any]:
         "n_running": len(running),
         "slots_free": len(scheduler.free_slots),
         "pages": counts._asdict(),
-        "queue": [_task(task) for _, task in queue[:_SHOWN]],
+        "queue": [_task(task) for task in scheduler.waiting.in_order()[:_SHOWN]],
         "running": [_task(task) for task in running[:_SHOWN]],
         "plan": None if plan is None else _plan(plan),
     }
