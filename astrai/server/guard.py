@@ -119,7 +119,6 @@ class BodyLimits:
 
     max_messages: int = 4096
     max_message_bytes: int = 4 << 20
-    max_tools: int = 256
     max_tools_bytes: int = 512 << 10
     max_schema_bytes: int = 256 << 10
     max_depth: int = 64  # of arrays and objects in each other
@@ -157,10 +156,8 @@ def check_body(raw: bytes, body: Mapping[str, Any], limits: BodyLimits = LIMITS)
             for i, message in enumerate(messages):
                 _at_most(_size(message), limits.max_message_bytes, f"{name}[{i}]", "bytes")
     tools = body.get("tools")
-    if isinstance(tools, list):
-        _at_most(len(tools), limits.max_tools, "tools", "tools")
-        if len(raw) > limits.max_tools_bytes:
-            _at_most(_size(tools), limits.max_tools_bytes, "tools", "bytes")
+    if isinstance(tools, list) and len(raw) > limits.max_tools_bytes:
+        _at_most(_size(tools), limits.max_tools_bytes, "tools", "bytes")
     if len(raw) > limits.max_schema_bytes:
         for name in _SCHEMAS:
             if body.get(name) is not None:

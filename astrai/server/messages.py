@@ -10,7 +10,7 @@ from pydantic import Field
 from astrai.server.chat import Conversation
 from astrai.server.errors import ApiError
 from astrai.server.fields import Body, screen, short
-from astrai.server.tools import MAX_TOOLS, Tool, Toolset
+from astrai.server.tools import Tool, Toolset
 
 # Known but not done: 400, unless null or one of the values that say nothing.
 REFUSED_MESSAGE: dict[str, tuple[Any, ...]] = {
@@ -55,7 +55,6 @@ class ToolBody(Body):
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
-Tools = Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)]
 ToolChoice = str | dict[str, Any]
 
 

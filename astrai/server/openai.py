@@ -17,8 +17,8 @@ from astrai.server.errors import ApiError
 from astrai.server.fields import Body, EngineFields, Lists, blame, screen, validate
 from astrai.server.messages import (
     Messages,
+    ToolBody,
     ToolChoice,
-    Tools,
     conversation,
     screened,
     toolset,
@@ -138,7 +138,7 @@ class ChatRequest(_Request):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Tools | None = None
+    tools: list[ToolBody] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 

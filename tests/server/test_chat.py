@@ -384,6 +384,17 @@ def test_an_answer_cut_short_has_no_finished_call(client: openai.OpenAI, says: F
     assert streamed(client, **ASK, max_tokens=limit)["finish_reason"] == "length"
 
 
+def test_tools_are_bounded_in_number_and_depth(client: openai.OpenAI) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(40):
+        deep = {"properties": {"a": deep}}
+    many: Any = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]
+    nested: Any = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+    for tools, says in ((many, "129 entries, expected at most 128"), (nested, "deeper than 64")):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.chat.completions.create(model="fake", messages=[USER], tools=tools)
+
+
 def test_an_answer_that_stops_in_a_call_made_none(client: openai.OpenAI, says: FakeEngine) -> None:
     says.says = ANSWER[: ANSWER.rindex("}\n</tool_call>")]  # the last call is still open
     (choice,) = client.chat.completions.create(**ASK).choices

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 65_536
-MAX_DEPTH = 64
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _EMPTY: Mapping[str, Any] = {"type": "object", "properties": {}}
 
@@ -23,6 +22,7 @@ _EMPTY: Mapping[str, Any] = {"type": "object", "properties": {}}
 class Tool:
     """A function that the model may ask to be called; ValueError if it is malformed or too large.
 
+    How deep its schema may nest is bounded with the body that it came in.
     `strict`: its arguments always match `parameters`, also where the call itself is optional.
     """
 
@@ -47,8 +47,6 @@ class Tool:
         required = schema.get("required", [])
         if not isinstance(required, list) or not all(isinstance(n, str) for n in required):
             raise ValueError("parameters.required is not a list of strings")
-        if (depth := _depth(schema)) > MAX_DEPTH:
-            raise ValueError(f"parameters are {depth} deep, expected at most {MAX_DEPTH}")
         if (size := len(json.dumps(schema))) > MAX_SCHEMA_BYTES:
             raise ValueError(f"parameters have {size} bytes, expected at most {MAX_SCHEMA_BYTES}")
 
@@ -153,12 +151,3 @@ def instructions(tools: Sequence[Tool], style: Style) -> str:
         f"<tools>\n{listed}\n</tools>\n{style.form}\n"
         "Call a function only if it helps; otherwise answer in plain text."
     )
-
-
-def _depth(value: Any) -> int:
-    """How deep lists and objects are nested, without recursion."""
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, (dict, list))]:
-        depth += 1
-        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
-    return depth
