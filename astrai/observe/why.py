@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -38,6 +38,14 @@ class Why(NamedTuple):
 
     text: str
     data: dict[str, Any]
+
+
+def told(stories: Sequence[Why]) -> dict[str, Any]:
+    """The stories of a request's prompts, one or several, as the body of an answer."""
+    texts = [story.text for story in stories]
+    if len(texts) > 1:
+        texts = [f"prompt {i}: {text}" for i, text in enumerate(texts)]
+    return {"text": "\n".join(texts), "prompts": [story.data for story in stories]}
 
 
 class _Preemption(NamedTuple):
@@ -250,6 +258,7 @@ class WhyReader:
     ) -> None:
         if len(self._live) >= self._max_live:
             self._finish(next(iter(self._live.values())), None)
+        self._refused.pop(request, None)
         stories = [
             _Story(id, request, index, n_prompt, max_tokens, priority, time, self._tick)
             for index, id in enumerate((task, *choices))

@@ -13,7 +13,7 @@ import astrai
 from astrai.observe.live.hub import Hub
 from astrai.observe.live.source import Event, Playback
 from astrai.observe.ticks import Ticks
-from astrai.observe.why import Why, WhyReader
+from astrai.observe.why import Why, WhyReader, told
 from astrai.server import errors
 from astrai.server.errors import ApiError
 from astrai.server.fields import parse_json
@@ -58,11 +58,7 @@ def create_playback_app(events: Iterable[Event], name: str) -> FastAPI:
         found = _stories(reader, id)
         if not found:
             raise ApiError(f"the recording has no request {id!r}", status=404)
-        texts = [story.text for story in found]
-        if len(texts) > 1:
-            texts = [f"prompt {i}: {text}" for i, text in enumerate(texts)]
-        prompts = [story.data for story in found]
-        return JSONResponse({"id": id, "text": "\n".join(texts), "prompts": prompts})
+        return JSONResponse({"id": id, "object": "why", **told(found)})
 
     @app.get("/v1/models", include_in_schema=False)
     async def models() -> Response:

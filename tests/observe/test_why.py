@@ -177,6 +177,10 @@ def test_a_refusal_is_told() -> None:
     why = reader.why("r1")
     assert why is not None and "needs 14 pages" in why.text
     assert reader.why("nobody") is None
+    engine.post(Message(add=[make_task(1, range(5), 5)]))  # the next request of that name
+    engine.step()
+    why = reader.why("r1")
+    assert why is not None and "refused" not in why.text
 
 
 def test_an_engine_that_starts_anew_ends_what_lived_in_the_old_one() -> None:

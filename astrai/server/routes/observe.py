@@ -1,8 +1,6 @@
-"""What can be seen of the engine: `/metrics`, and why a request took its time."""
+"""What the readers of events know: `/metrics`, and `/v1/requests/{id}/why`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -10,6 +8,7 @@ from starlette.responses import Response
 
 from astrai.observe.metrics import CONTENT_TYPE
 from astrai.observe.watch import Watch
+from astrai.observe.why import told
 from astrai.server.edge import Edge
 from astrai.server.errors import ApiError
 from astrai.server.guard import namespace_of
@@ -24,20 +23,11 @@ def mount(app: FastAPI, edge: Edge, watch: Watch) -> None:
     async def why(id: str, request: Request) -> Response:
         """Its waits by reason with who held what, preemptions, prefix hits and misses, seconds."""
         opened = edge.requests.find(id, namespace_of(request))
-        texts: list[str] = []
-        prompts: list[dict[str, Any]] = []
-        for name in opened.engine_ids:
-            if (told := watch.why(name)) is not None:
-                texts.append(told.text)
-                prompts.append(told.data)
-        if not prompts:
+        stories = [story for name in opened.engine_ids if (story := watch.why(name)) is not None]
+        if not stories:
             raise ApiError(
                 f"nothing is known of {id!r}: it did not reach the engine, or ended long ago",
                 status=404,
                 code="request_not_found",
             )
-        if len(texts) > 1:
-            texts = [f"prompt {i}: {text}" for i, text in enumerate(texts)]
-        return JSONResponse(
-            {"id": opened.id, "object": "why", "text": "\n".join(texts), "prompts": prompts}
-        )
+        return JSONResponse({"id": opened.id, "object": "why", **told(stories)})

@@ -1,4 +1,4 @@
-"""`/v1/requests/{id}`: what became of a request, why it waited, and its end by demand."""
+"""`/v1/requests/{id}`: what became of a request, and its end by demand."""
 
 from __future__ import annotations
 
