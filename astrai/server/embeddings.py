@@ -11,6 +11,7 @@ from astrai.inference.sampling_params import SamplingParams
 from astrai.server.edge import Call
 from astrai.server.errors import ApiError
 from astrai.server.fields import EngineFields, Lists, parse
+from astrai.server.usage import UsageSum
 
 if TYPE_CHECKING:
     from astrai.inference.async_engine import StreamDelta
@@ -58,7 +59,7 @@ def embedding_call(request: EmbeddingRequest) -> Call:
 
 
 class EmbeddingReply:
-    """One vector for each input. Owns the vectors; does not own the stream that feeds it."""
+    """One vector for each input. Owns vectors and usage; does not own the stream that feeds it."""
 
     def __init__(self, id: str, model: str, request: EmbeddingRequest) -> None:
         self.id = id
@@ -66,8 +67,7 @@ class EmbeddingReply:
         self._base64 = request.encoding_format == "base64"
         self._normalize = request.normalize is not False
         self._vectors: dict[int, list[float]] = {}
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
+        self._usage = UsageSum()
 
     def add(self, index: int, delta: StreamDelta) -> None:
         if delta.usage is None:
@@ -75,10 +75,11 @@ class EmbeddingReply:
         if delta.pooled is None:
             raise RuntimeError(f"the engine gave no hidden state for input {index}")
         self._vectors[index] = _unit(delta.pooled) if self._normalize else delta.pooled
-        self._prompt_tokens += delta.usage.prompt_tokens
-        self._cached_tokens += delta.usage.cached_tokens
+        self._usage.add(delta)
 
     def whole(self) -> dict[str, Any]:
+        usage = self._usage.body()
+        del usage["completion_tokens"]
         return {
             "object": "list",
             "data": [
@@ -86,11 +87,8 @@ class EmbeddingReply:
                 for index, vector in sorted(self._vectors.items())
             ],
             "model": self.model,
-            "usage": {
-                "prompt_tokens": self._prompt_tokens,
-                "total_tokens": self._prompt_tokens,
-                "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
-            },
+            "usage": usage,
+            "timings": self._usage.timings(),
         }
 
     def _written(self, vector: list[float]) -> list[float] | str:

@@ -53,6 +53,14 @@ class Reader(Protocol):
         ...
 
 
+def overlap(text: str, marker: str) -> int:
+    """How much of `marker`, not all, `text` ends with."""
+    for n in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:n]):
+            return n
+    return 0
+
+
 def joined(parts: Iterable[Part]) -> list[Part]:
     """The same parts with neighbours of one kind, or of one call, made one."""
     whole: list[Part] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from astrai.server.parts import Part, Reader, ReasoningPart, TextPart
+from astrai.server.parts import Part, Reader, ReasoningPart, TextPart, overlap
 
 OPEN = "<think>"
 CLOSE = "</think>"
@@ -73,8 +73,7 @@ class ThinkReader:
             self._reason(text[:at].rstrip("\n"), parts)
             return text[at + len(CLOSE) :]
         # Held: what may be the marker, and the line breaks that are dropped before it.
-        keep = next((n for n in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:n])), 0)
-        certain = text[: len(text) - keep].rstrip("\n")
+        certain = text[: len(text) - overlap(text, CLOSE)].rstrip("\n")
         self._held = text[len(certain) :]
         self._reason(certain, parts)
         return ""

@@ -43,8 +43,11 @@ class _Choice:
     )
 
 
-class Reply:
-    """One response. Owns its choices and usage; does not own the stream that feeds it."""
+class OpenAIReply:
+    """One response of one choice or several.
+
+    Owns its choices and usage; does not own the stream that feeds it.
+    """
 
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
@@ -162,7 +165,7 @@ def _score(tokenizer: Tokenizer, id: int, logprob: float) -> Json:
     }
 
 
-class ChatReply(Reply):
+class ChatReply(OpenAIReply):
     """`reader` makes what reads a choice's text into parts; without one, all of it is content."""
 
     whole_object = "chat.completion"
@@ -273,7 +276,7 @@ class Echo(NamedTuple):
     prompt_logprobs: int | None  # what the request asked for by that name
 
 
-class CompletionReply(Reply):
+class CompletionReply(OpenAIReply):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 

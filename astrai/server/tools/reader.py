@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Collection, Generator
 from typing import Literal, TypeAlias
 
-from astrai.server.parts import Part, TextPart, ToolCallPart
+from astrai.server.parts import Part, TextPart, ToolCallPart, overlap
 from astrai.server.tools import Marker, Style
 
 _SPACE = " \t\r\n"
@@ -295,7 +295,7 @@ class ToolReader:
             self._held = marker.open
             self._open(marker)
             return text[at + len(marker.open) :]
-        keep = max((_overlap(text, m.open) for m in self._style.anywhere), default=0)
+        keep = max((overlap(text, m.open) for m in self._style.anywhere), default=0)
         self._held = text[len(text) - keep :]
         self._say(text[: len(text) - keep])
         return ""
@@ -351,11 +351,3 @@ class ToolReader:
         text, self._held = self._held + rest, ""
         self._mode = self._text
         return text
-
-
-def _overlap(text: str, marker: str) -> int:
-    """How much of `marker`, not all, `text` ends with."""
-    for n in range(min(len(marker) - 1, len(text)), 0, -1):
-        if text.endswith(marker[:n]):
-            return n
-    return 0
