@@ -177,7 +177,9 @@ def test_a_refusal_is_told() -> None:
     why = reader.why("r1")
     assert why is not None and "needs 14 pages" in why.text
     assert reader.why("nobody") is None
-    engine.post(Message(add=[make_task(1, range(5), 5)]))  # the next request of that name
+    again = make_task(2, range(3), 3)
+    again.request_id = "r1"
+    engine.post(Message(add=[again]))
     engine.step()
     why = reader.why("r1")
     assert why is not None and "refused" not in why.text
