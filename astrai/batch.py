@@ -28,6 +28,7 @@ _SOURCES = ("prompt", "messages", "prompt_token_ids")
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 # Enough to keep every slot busy behind one long answer, few enough to hold in memory.
 _IN_FLIGHT = 1024
+_FULL_SECONDS = 0.5  # until a request that found the queue full asks again
 
 
 class BadLine(Exception):
@@ -200,8 +201,7 @@ async def _in_order(
         write(outcome)
         advance(outcome)
 
-    widest = max((r.params.n for r in requests if isinstance(r, Request)), default=1)
-    limit = max(1, min(_IN_FLIGHT, engine.config.max_waiting // widest))
+    limit = min(_IN_FLIGHT, engine.config.max_waiting)
     try:
         for request in requests:
             if len(pending) >= limit:
@@ -227,13 +227,9 @@ async def _outcome(engine: AsyncEngine, request: Request | BadLine, skip_bad: bo
 
 
 async def _answer(engine: AsyncEngine, request: Request) -> Outcome:
-    choices: dict[int, list[StreamDelta]] = {}
     try:
         ids = _encode(engine, request)
-        stream = engine.stream(ids, request.params, request_id=str(request.id))
-        async with aclosing(stream) as deltas:
-            async for delta in deltas:
-                choices.setdefault(delta.index, []).append(delta)
+        choices = await _choices(engine, request, ids)
     except ValueError as error:
         raise BadLine(request.line, str(error), request.source, request.id) from None
     outputs = [_output(index, deltas) for index, deltas in sorted(choices.items())]
@@ -247,6 +243,24 @@ async def _answer(engine: AsyncEngine, request: Request) -> Outcome:
     body = {"id": request.id, "line": request.line, "outputs": outputs, "usage": usage}
     failed = any(output["finish_reason"] in ("error", "abort") for output in outputs)
     return Outcome(body, failed, completion)
+
+
+async def _choices(
+    engine: AsyncEngine, request: Request, ids: list[int]
+) -> dict[int, list[StreamDelta]]:
+    """All deltas of each choice. A queue full of tokens only makes the request wait."""
+    from astrai.inference.admission import QueueFull
+
+    choices: dict[int, list[StreamDelta]] = {}
+    while not choices:
+        try:
+            stream = engine.stream(ids, request.params, request_id=str(request.id))
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    choices.setdefault(delta.index, []).append(delta)
+        except QueueFull:
+            await asyncio.sleep(_FULL_SECONDS)
+    return choices
 
 
 def _encode(engine: AsyncEngine, request: Request) -> list[int]:
