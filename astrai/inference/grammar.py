@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMPILE_SECONDS = 10.0  # what takes longer is refused
 COMPILERS = 2  # threads that compile at once
 MAX_OVERDUE = 4  # threads that may be past their time before no new one is started
+ABANDONED_SECONDS = 1.0  # nobody asked for that long: one that is not begun is not compiled
 MAX_COMPILED = 128  # grammars kept, least recently used out
 # Bounds of the compiler itself; its fuel is spent at 14k to 50k units per millisecond. Ambiguous
 # grammars need many items; hundreds of optional properties need a few thousand.
@@ -98,6 +99,7 @@ class Matcher:
 @dataclass(slots=True, eq=False)
 class _Job:
     asked: StructuredOutput
+    asked_at: float  # when somebody who waits for it looked last
     began: float | None = None  # None: no compiler was free yet
     ended: threading.Event = field(default_factory=threading.Event)
     compiled: Any = None
@@ -129,7 +131,8 @@ class Grammars:
     def matcher(self, asked: StructuredOutput) -> Matcher | None:
         """At the start of the output; None while it is being compiled, which this call may begin.
 
-        Raises GrammarError if it is refused, or took more than COMPILE_SECONDS.
+        Who waits asks again and again: what nobody asks for any more is not begun. Raises
+        GrammarError if it is refused, or took more than COMPILE_SECONDS.
         """
         self._collect()
         if (done := self._kept.get(asked)) is not None:
@@ -146,16 +149,21 @@ class Grammars:
                     f"{n_overdue} grammars are still compiling after {COMPILE_SECONDS:g} s: "
                     "no other is begun before one of them ends",
                 )
-            job = self._jobs[asked] = _Job(asked)
+            job = self._jobs[asked] = _Job(asked, now)
             self._queue.append(job)
+        job.asked_at = now
         if job.overdue(now):
             raise GrammarError(
                 asked.source, f"the {asked.kind} did not compile in {COMPILE_SECONDS:g} s"
             )
         n_busy = sum(job.began is not None for job in self._jobs.values()) - n_overdue
         while self._queue and n_busy < COMPILERS:
-            self._start(self._queue.popleft())
-            n_busy += 1
+            job = self._queue.popleft()
+            if now - job.asked_at > ABANDONED_SECONDS:
+                del self._jobs[job.asked]
+            else:
+                self._start(job)
+                n_busy += 1
         return None
 
     def wait(self, asked: StructuredOutput) -> None:

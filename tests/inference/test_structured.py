@@ -358,6 +358,18 @@ def test_a_compilation_that_hangs_is_given_up_and_counted(
     assert len(slow.asked) == 5
 
 
+def test_what_nobody_waits_for_any_more_is_not_begun(slow: SlowCompiler) -> None:
+    grammars = Grammars(TOKENIZER, VOCAB, (EOS,))
+    first, second, gone, last = (StructuredOutput(regex=f"a{i}") for i in range(4))
+    assert [grammars.matcher(one) for one in (first, second, gone)] == [None] * 3
+    grammars._jobs[gone].asked_at -= 2 * grammar.ABANDONED_SECONDS
+    slow.go.set()
+    grammars.wait(last)
+    assert gone not in slow.asked and set(slow.asked) == {first, second, last}
+    grammars.wait(gone)
+    assert gone in slow.asked
+
+
 def test_who_waits_for_a_grammar_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, slow: SlowCompiler
 ) -> None:
