@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -364,7 +363,3 @@ def _short_name(name_or_path: str) -> str:
     if not path.exists():
         return name_or_path
     return path.stem if path.is_file() else path.resolve().name
-
-
-def parameter_count(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in expected_tensors(config).values())
