@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from astrai.server.chat import ChatFormat
-from astrai.server.dialects import Extras, Json, OneAnswer, only, refuse, string, text_of, typed
+from astrai.server.dialects import Extras, Json, OneAnswer
 from astrai.server.errors import ApiError
-from astrai.server.fields import Lists, parse
+from astrai.server.fields import Lists, only, parse, refuse, string, text_of, typed
 from astrai.server.parts import Part, Reader, ReasoningPart, TextPart, ToolCallPart
 from astrai.server.streaming import event
 

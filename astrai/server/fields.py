@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -145,6 +145,52 @@ def _where(loc: tuple[int | str, ...]) -> str:
     for step in loc[1:]:
         path += f"[{step}]" if isinstance(step, int) else f".{step}"
     return path
+
+
+# ── parts of a body that no model describes ─────────────────────────────────────────────────────
+
+
+def refuse(at: str, what: Any) -> ApiError:
+    return ApiError(f"{at}: {what!r} is not implemented", param=at, code="not_implemented")
+
+
+def text_of(content: Any, at: str, kinds: tuple[str, ...], extra: frozenset[str]) -> str:
+    """The text of a string or of a list of text parts; a part may have the fields in `extra`."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(f"{at}: expected a string or a list of parts", param=at)
+    return "".join(_part(part, f"{at}[{i}]", kinds, extra) for i, part in enumerate(content))
+
+
+def _part(part: Any, at: str, kinds: tuple[str, ...], extra: frozenset[str]) -> str:
+    fields = typed(part, at)
+    if fields["type"] not in kinds:
+        raise refuse(f"{at}.type", fields["type"])
+    name = "refusal" if fields["type"] == "refusal" else "text"
+    only(fields, extra | {"type", name}, at)
+    return string(fields, name, at)
+
+
+def typed(value: Any, at: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ApiError(f"{at}: expected an object with a type", param=at)
+    return value
+
+
+def string(fields: Mapping[str, Any], name: str, at: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise ApiError(f"{at}.{name}: expected a string", param=f"{at}.{name}")
+    return value
+
+
+def only(fields: Mapping[str, Any], known: Set[str], at: str) -> None:
+    for name, value in fields.items():
+        if name not in known and value is not None:
+            raise ApiError(f"unknown field {at}.{name}", param=f"{at}.{name}", code="unknown_field")
 
 
 def short(value: Any) -> str:

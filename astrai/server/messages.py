@@ -9,7 +9,7 @@ from pydantic import Field
 
 from astrai.server.chat import Conversation
 from astrai.server.errors import ApiError
-from astrai.server.fields import Body, screen, short
+from astrai.server.fields import Body, screen, short, text_of
 from astrai.server.tools import Tool, Toolset
 
 # Known but not done: 400, unless null or one of the values that say nothing.
@@ -79,8 +79,7 @@ def _message(message: Any, at: str) -> Any:
         )
     fields = screen(message, Message, frozenset(), REFUSED_MESSAGE, at=f"{at}.")
     if isinstance(fields.get("content"), list):
-        parts = [_part(part, f"{at}.content[{i}]") for i, part in enumerate(fields["content"])]
-        fields["content"] = "".join(parts)
+        fields["content"] = text_of(fields["content"], f"{at}.content", ("text",), frozenset())
     elif fields.get("content") is None and not fields.get("tool_calls"):
         raise ApiError(f"{at}.content is required", param=f"{at}.content")
     for name, role in (
@@ -96,23 +95,6 @@ def _message(message: Any, at: str) -> Any:
     if fields.get("role") == "tool" and not fields.get("tool_call_id"):
         raise ApiError(f"{at}.tool_call_id is required", param=f"{at}.tool_call_id")
     return fields
-
-
-def _part(part: Any, at: str) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise ApiError(f"{at} is not an object with a type", param=at)
-    if part["type"] != "text":
-        raise ApiError(
-            f"{at}.type: {part['type']!r} is not implemented",
-            param=f"{at}.type",
-            code="not_implemented",
-        )
-    for name in part.keys() - {"type", "text"}:
-        raise ApiError(f"unknown field {at}.{name}", param=f"{at}.{name}", code="unknown_field")
-    if not isinstance(part.get("text"), str):
-        raise ApiError(f"{at}.text is not a string", param=f"{at}.text")
-    text: str = part["text"]
-    return text
 
 
 def conversation(

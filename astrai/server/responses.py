@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from astrai.server.dialects import Extras, Json, OneAnswer, only, refuse, string, text_of, typed
+from astrai.server.dialects import Extras, Json, OneAnswer
 from astrai.server.errors import ApiError
-from astrai.server.fields import Lists, parse
+from astrai.server.fields import Lists, only, parse, refuse, string, text_of, typed
 from astrai.server.parts import Part, Reader, ReasoningPart, TextPart, ToolCallPart
 from astrai.server.replies import ranked
 from astrai.server.streaming import event

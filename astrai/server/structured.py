@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from astrai.inference.structured import StructuredOutput
 from astrai.server.errors import ApiError
+from astrai.server.fields import only
 
 # Whitespace and back ends of other servers' options: known, and refused by name unless null.
 _REFUSED_OPTIONS = frozenset(
@@ -44,7 +45,7 @@ def structured_of(fields: StructuredFields) -> StructuredOutput | None:
         if (value := getattr(fields, name)) is not None
     }
     if asked.get("response_format", {}).get("type") == "text":
-        _only(asked.pop("response_format"), {"type"}, "response_format")
+        only(asked.pop("response_format"), {"type"}, "response_format")
     if len(asked) > 1:
         first, second = list(asked)[:2]
         raise ApiError(f"{first} and {second} cannot both be given", param=second)
@@ -61,14 +62,14 @@ def from_format(given: Mapping[str, Any], at: str = "response_format") -> Struct
     """Of {"type": "text" | "json_object"} or {"type": "json_schema", "json_schema": {...}}."""
     kind = given.get("type")
     if kind == "json_schema":
-        _only(given, {"type", "json_schema"}, at)
+        only(given, {"type", "json_schema"}, at)
         return from_schema(given.get("json_schema"), f"{at}.json_schema")
     if kind not in ("text", "json_object"):
         raise ApiError(
             f"{at}.type is {kind!r}, expected 'text', 'json_object' or 'json_schema'",
             param=f"{at}.type",
         )
-    _only(given, {"type"}, at)
+    only(given, {"type"}, at)
     return _output(at, "json_object", True) if kind == "json_object" else None
 
 
@@ -76,7 +77,7 @@ def from_schema(given: Any, at: str) -> StructuredOutput:
     """Of {"name", "schema", "strict", "description"}. It is enforced whatever `strict` says."""
     if not isinstance(given, Mapping):
         raise ApiError(f"{at} is {given!r}, expected an object with a schema", param=at)
-    _only(given, {"name", "schema", "strict", "description"}, at)
+    only(given, {"name", "schema", "strict", "description"}, at)
     for name, kinds in (("name", str), ("description", str), ("strict", bool)):
         value = given.get(name)
         if value is not None and not isinstance(value, kinds):
@@ -93,7 +94,7 @@ def _from_options(given: Mapping[str, Any]) -> StructuredOutput:
             raise ApiError(
                 f"{at}.{name} is not implemented", param=f"{at}.{name}", code="not_implemented"
             )
-    _only(given, _KIND_OF.keys() | _REFUSED_OPTIONS, at)
+    only(given, _KIND_OF.keys() | _REFUSED_OPTIONS, at)
     asked = {name: given[name] for name in _KIND_OF if given.get(name) not in (None, False)}
     if len(asked) != 1:
         raise ApiError(
@@ -112,9 +113,3 @@ def _output(source: str, kind: str, value: Any) -> StructuredOutput:
         return StructuredOutput(source=source, **{kind: value})
     except (ValueError, RecursionError) as error:
         raise ApiError(str(error), param=source) from None
-
-
-def _only(given: Mapping[str, Any], known: set[str] | frozenset[str], at: str) -> None:
-    for name in given:
-        if name not in known:
-            raise ApiError(f"unknown field {at}.{name}", param=f"{at}.{name}", code="unknown_field")
