@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from astrai.inference.engine import Engine, Message
 from astrai.inference.sampling_params import SamplingParams
+from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import Task
-from tests.mocks import VOCAB, Bench, make_task, oracle
+from tests.mocks import VOCAB, Bench, SlowGrammars, make_task, oracle
 
 
 def engine_of(bench: Bench) -> Engine:
@@ -292,6 +294,17 @@ def test_abort_frees_everything_within_a_tick() -> None:
     bench.scheduler.check()
 
 
+def test_an_aborted_task_leaves_only_pages_whose_launch_was_read() -> None:
+    bench = Bench(40, page_size=4, prefill_budget=8, depth=1)
+    engine = engine_of(bench)
+    engine.post(Message(add=[make_task(0, range(30), 2)]))
+    for _ in range(3):
+        engine.step()  # three chunks of 8 are launched, one is read
+    engine.post(Message(abort=[0]))
+    engine.step()
+    assert bench.ends == {0: "abort"} and bench.books.counts == (36, 4, 0, 40)
+
+
 def test_one_bad_request_ends_alone() -> None:
     bench = Bench(100, max_slots=4)
     tasks = random_tasks(6, seed=1, max_output=10)
@@ -407,12 +420,13 @@ def first_groups(kind: str, prompts: list[int]) -> list[int]:
 
 
 class Script(RuleBasedStateMachine):
-    """Random scripts of add, abort and steps on a pool that is too small, with results late."""
+    """Random scripts of add, abort, failures and steps on a pool too small, with results late."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bench = Bench(12, page_size=4, max_slots=3, prefill_budget=6, depth=1)
         self.engine = engine_of(self.bench)
+        self.engine.grammars = SlowGrammars(0)  # type: ignore[assignment]
         self.tasks: dict[int, Task] = {}
         self.prompts: dict[int, list[int]] = {}
         self.aborted: set[int] = set()
@@ -424,16 +438,24 @@ class Script(RuleBasedStateMachine):
         choices=st.integers(1, 3),
         priority=st.integers(-1, 1),
         tenant=st.sampled_from(["", "t"]),
+        structured=st.sampled_from([None, None, StructuredOutput(regex="a")]),
     )
     def add(
-        self, base: int, n_prompt: int, n_output: int, choices: int, priority: int, tenant: str
+        self,
+        base: int,
+        n_prompt: int,
+        n_output: int,
+        choices: int,
+        priority: int,
+        tenant: str,
+        structured: StructuredOutput | None,
     ) -> None:
         prompt = [base] * 7 + list(range(n_prompt))
         first = len(self.tasks)
+        params = SamplingParams(max_tokens=n_output, structured=structured)
+        options: dict[str, Any] = {"namespace": tenant, "priority": priority, "params": params}
         tasks = [
-            make_task(
-                first + i, prompt, n_output, seed=i, namespace=tenant, priority=priority, index=i
-            )
+            make_task(first + i, prompt, n_output, seed=i, index=i, **options)
             for i in range(choices)
         ]
         tasks[0].siblings = tasks[1:]
@@ -447,6 +469,13 @@ class Script(RuleBasedStateMachine):
             task_id = pick % len(self.tasks)
             self.aborted.add(task_id)
             self.engine.post(Message(abort=[task_id]))
+
+    @rule(pick=st.integers(0, 10**6), launch=st.booleans())
+    def break_one(self, pick: int, launch: bool) -> None:
+        """From now on its row has no token, or every launch with it fails."""
+        if self.tasks:
+            runner = self.bench.runner
+            (runner.fail_on if launch else runner.nan_on).add(pick % len(self.tasks))
 
     @rule(n=st.integers(1, 12))
     def steps(self, n: int) -> None:
@@ -468,7 +497,9 @@ class Script(RuleBasedStateMachine):
         for task_id, task in self.tasks.items():
             want = oracle(self.prompts[task_id], task.max_tokens, task.seed)
             got = self.bench.outputs.get(task_id, [])
-            if task_id in self.aborted:
+            broken = self.bench.runner.fail_on | self.bench.runner.nan_on
+            refused = task.error == "grammar: refused"
+            if task_id in self.aborted | broken or refused:
                 assert got == want[: len(got)]
             else:
                 assert got == want and self.bench.ends[task_id] == "length"
