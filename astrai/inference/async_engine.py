@@ -191,8 +191,8 @@ class AsyncEngine:
             late = DeadlineExceeded(f"the request took longer than its timeout of {timeout:g} s")
             timer = box.loop.call_later(timeout, box.fail, late)
         outcome = "abort"
-        self._link.post(Message(add=[tasks[0]]))
         try:
+            self._link.post(Message(add=[tasks[0]]))
             while open_choices:
                 await box.filled.wait()
                 if box.failure is not None:
