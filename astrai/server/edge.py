@@ -35,6 +35,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _MAX_TIMEOUT = 7 * 86_400  # seconds
+_MAX_REASON = 1000  # characters of an error that are kept after the request
 # Prompts of one request.
 MAX_PROMPTS = 2048
 # Shorter texts encode in less time than a hop to another thread and back takes to matter.
@@ -274,7 +275,7 @@ def _reason(error: BaseException) -> str | None:
     """What the book says of how a request ended; a client that leaves closes the generator."""
     if isinstance(error, (GeneratorExit, ClientDisconnect, asyncio.CancelledError)):
         return "the client left"
-    return str(error) or type(error).__name__
+    return str(error)[:_MAX_REASON] or type(error).__name__
 
 
 async def _first(request: Request, source: Deltas) -> tuple[int, StreamDelta]:

@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 ERROR = "astrai.error"  # where the ApiError that ended a request stands in its ASGI scope
 
+# An error quotes what it refuses, which may be as long as a body may be.
+_MAX_MESSAGE = 2000
+_MAX_PARAM = 200
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -51,11 +55,12 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,  # seconds
     ) -> None:
+        message = _cut(message, _MAX_MESSAGE)
         super().__init__(message)
         self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
         self.message = message
         self.status = status
-        self.param = param
+        self.param = None if param is None else _cut(param, _MAX_PARAM)
         self.code = code
 
     def body(self) -> dict[str, Any]:
@@ -82,6 +87,12 @@ class ApiError(Exception):
         anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
         body = self.anthropic_body() if anthropic else self.body()
         return JSONResponse(body, status_code=self.status, headers=self.headers)
+
+
+def _cut(text: str, limit: int) -> str:
+    """`text`, without its middle if it is long: the end says what was expected."""
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
 def install(app: FastAPI) -> None:

@@ -106,7 +106,7 @@ def screen(
                     f"{at}{name} is not implemented", param=f"{at}{name}", code="not_implemented"
                 )
         else:
-            close = difflib.get_close_matches(name, model.model_fields, n=1)
+            close = difflib.get_close_matches(name[:64], model.model_fields, n=1)
             hint = f", did you mean {close[0]}?" if close else ""
             raise ApiError(
                 f"unknown field {at}{name}{hint}", param=f"{at}{name}", code="unknown_field"

@@ -6,7 +6,6 @@ the three is an error that names it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -271,10 +270,12 @@ def _call(
 
 
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError:
-        bad = next(token for token in bias if not re.fullmatch(r"\s*[+-]?\d+\s*", token))
-        raise ApiError(
-            f"logit_bias: {bad!r} is not a token id", param=f"logit_bias.{bad}"
-        ) from None
+    read: dict[int, float] = {}
+    for token, value in bias.items():
+        try:
+            read[int(token)] = value
+        except ValueError:
+            raise ApiError(
+                f"logit_bias: {token!r} is not a token id", param=f"logit_bias.{token}"
+            ) from None
+    return read

@@ -108,6 +108,7 @@ def test_a_misspelt_field_is_put_right(http: httpx.Client) -> None:
         ({"stop": ["a", 3]}, "stop", "a string or a list of strings"),
         ({"stop": [""]}, "stop", "not empty"),
         ({"logit_bias": {"abc": 1}}, "logit_bias.abc", "not a token id"),
+        ({"logit_bias": {"9" * 5000: 1}}, None, "not a token id"),
         ({"logprobs": True, "top_logprobs": 99}, None, "99"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "disagree"),
@@ -132,6 +133,25 @@ def test_a_bad_value_names_its_field(
     error = refused(http.post(CHAT, json=HI | extra))
     assert error["param"] == param or param is None
     assert says in error["message"]
+
+
+LONG = "x" * 30_000
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({LONG: 1}, "unknown field"),
+        ({"model": LONG}, "is not served here; served: fake"),
+        ({"response_format": {"type": LONG}}, "expected 'text', 'json_object' or 'json_schema'"),
+        ({"logit_bias": {LONG: 1}}, "is not a token id"),
+    ],
+)
+def test_a_refusal_does_not_repeat_all_that_it_refuses(
+    http: httpx.Client, extra: dict[str, Any], says: str
+) -> None:
+    response = http.post(CHAT, json=HI | extra)
+    assert says in response.json()["error"]["message"] and len(response.content) < 3000
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]], ["x", ""]])
