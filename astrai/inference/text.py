@@ -135,11 +135,10 @@ class StopMatcher:
 class TextStream:
     """The text of one completion: deltas as tokens come, cut at a stop string, flushed at the end.
 
-    Owns: the decoder's and the matcher's state, and the text released. Does not own: tokens.
+    Owns: the decoder's and the matcher's state. Does not own: tokens, nor the text released.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.text = ""
         self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens)
         self._matcher = StopMatcher(params.stop, params.include_stop_str_in_output)
         self._show_stop = params.include_stop_str_in_output
@@ -162,7 +161,7 @@ class TextStream:
             held = self._decoder.held()
             if held and armed and self._matcher.would_match(held):
                 delta.append(self._matcher.push(held))
-        return self._release("".join(delta))
+        return "".join(delta)
 
     def finish(self, stop_token: int | None = None) -> str:
         """The last delta. `stop_token`: the id that ended the task, if one did and it was not
@@ -171,11 +170,7 @@ class TextStream:
         if stop_token is not None and self._show_stop:
             delta = self._matcher.push(self._decoder.push(stop_token), armed=False)
         delta += self._matcher.push(self._decoder.flush(), armed=False)
-        return self._release(delta + self._matcher.flush())
-
-    def _release(self, delta: str) -> str:
-        self.text += delta
-        return delta
+        return delta + self._matcher.flush()
 
 
 class StopWatcher:

@@ -171,7 +171,6 @@ def test_stream_is_the_full_decode_cut_at_the_stop(
     cut = data.draw(st.integers(0, len(ids)))
     joined = stream.push(ids[:cut]) + stream.push(ids[cut:]) + stream.finish()
     assert (joined, stream.stop_reason) == oracle(tokenizer.decode(ids), stops, include)
-    assert joined == stream.text
     # Every stop string that the text holds was seen in the tick of its last token.
     assert (at is None) == (oracle(tokenizer.decode(ids), stops, include)[1] is None)
 
