@@ -9,6 +9,7 @@ With no reader attached an event costs one truth test at the place that would em
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -63,23 +64,26 @@ Reader = Callable[[int, str, tuple[Any, ...]], None]
 class EventLog:
     """Hands each event to the attached readers, in the owner thread. Falsy while nobody reads."""
 
-    __slots__ = ("_readers", "snapshot_due", "tick", "wake")
+    __slots__ = ("_lock", "_readers", "snapshot_due", "tick", "wake")
 
     def __init__(self) -> None:
         self.tick = 0
         self.snapshot_due = False  # the owner thread emits one before it does anything else
         self.wake: Callable[[], None] | None = None  # makes an idle loop take a tick
         self._readers: tuple[Reader, ...] = ()  # replaced, never changed: `emit` may be in it
+        self._lock = threading.Lock()  # of replacing them: any thread may, and none is lost
 
     def __bool__(self) -> bool:
         return bool(self._readers)
 
     def attach(self, reader: Reader) -> None:
         """Call `reader(tick, kind, values)` for every event from now on."""
-        self._readers = (*self._readers, reader)
+        with self._lock:
+            self._readers = (*self._readers, reader)
 
     def detach(self, reader: Reader) -> None:
-        self._readers = tuple(other for other in self._readers if other != reader)
+        with self._lock:
+            self._readers = tuple(other for other in self._readers if other != reader)
 
     def request_snapshot(self) -> None:
         """Have a "snapshot" event emitted to all readers, soon, between two ticks. Any thread."""
