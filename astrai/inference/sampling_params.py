@@ -1,3 +1,5 @@
+"""What a request asks of the sampler, checked where it is born."""
+
 from __future__ import annotations
 
 import math
