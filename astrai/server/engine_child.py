@@ -163,6 +163,7 @@ class Child:
         elif isinstance(message, Snapshot):
             self._log.request_snapshot()
         elif message.events:
+            self._log.detach(self._note)  # may be said twice
             self._log.attach(self._note)
         else:
             self._log.detach(self._note)

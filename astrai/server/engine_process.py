@@ -315,9 +315,10 @@ class RemoteEvents(EventLog):
         self._send = send
 
     def attach(self, reader: Reader) -> None:
-        if not self:
+        first = not self
+        super().attach(reader)  # before it is said: a child that connects meanwhile hears of it too
+        if first:
             self._send(Watch(True))
-        super().attach(reader)
 
     def detach(self, reader: Reader) -> None:
         super().detach(reader)

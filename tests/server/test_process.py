@@ -17,6 +17,7 @@ from astrai.inference.async_engine import AsyncEngine, StreamDelta
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.task import Update
 from astrai.server import engine_process
+from astrai.server.engine_child import Watch
 from astrai.server.engine_process import ProcessLink
 from tests.mocks import oracle
 from tests.server.mock_engine import BREAK, BUILDER, HANG, KILL, SLOW
@@ -76,6 +77,20 @@ def test_what_crosses_is_what_the_loop_said() -> None:
 
         asyncio.run(run())
         assert {"arrive", "admit", "prefill", "decode", "first_token"} <= set(seen)
+
+
+def test_events_come_once_however_often_they_are_asked_for() -> None:
+    ended: list[int] = []
+    with running() as (engine, link):
+        engine.events.attach(lambda tick, kind, values: ended.extend([tick] * (kind == "end")))
+        link._sender.send(Watch(True))
+
+        async def run() -> None:
+            await answer(engine, [4])
+            await until(lambda: ended)
+
+        asyncio.run(run())
+    assert len(ended) == 1
 
 
 def test_closing_a_stream_and_aborting_reach_the_process() -> None:
