@@ -9,7 +9,7 @@ A chat request on its way, and where to look:
     fields       JSON into checked fields, refusals by name; errors: what a refusal looks like
     openai, messages, structured, tools/     what each field means
     (dialects, responses, anthropic: the same said in another API's words)
-    prompts      through the chat template, in a timebox, to token ids; chat: what the template knows
+    prompts      through the chat template, in a timebox, to token ids; chat: what that one knows
     edge         into the book of requests, to the engine, and its deltas out
     engine_process ⇄ pipes ⇄ engine_child    the engine's inbox, in its own process, and back
     parts, reasoning, tools/reader           the text read into thought, text and calls
