@@ -116,6 +116,7 @@ class Edge:
     def _too_large(self, size: int) -> ApiError:
         return ApiError(
             f"the body has at least {size} bytes, expected at most {self.max_body_bytes}",
+            status=413,
             code="body_too_large",
         )
 

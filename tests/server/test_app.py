@@ -243,14 +243,16 @@ def test_a_broken_body_is_refused(http: httpx.Client, body: bytes, says: str) ->
 
 def test_a_body_over_the_limit_is_refused_with_both_numbers(http: httpx.Client) -> None:
     body = json.dumps({"prompt": "x" * (1 << 16)}).encode()
-    error = refused(http.post(COMPLETIONS, content=body))
+    error = refused(http.post(COMPLETIONS, content=body), 413)
     assert error["code"] == "body_too_large"
     assert str(len(body)) in error["message"] and str(1 << 16) in error["message"]
 
     def pieces() -> Iterator[bytes]:
         yield from (body[i : i + 4096] for i in range(0, len(body), 4096))
 
-    assert refused(http.post(COMPLETIONS, content=pieces()))["code"] == "body_too_large"
+    assert refused(http.post(COMPLETIONS, content=pieces()), 413)["code"] == "body_too_large"
+    told = http.post("/v1/messages", content=body)
+    assert told.status_code == 413 and told.json()["error"]["type"] == "request_too_large"
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(http: httpx.Client) -> None:
