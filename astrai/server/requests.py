@@ -117,9 +117,6 @@ class RequestBook:
         self._open: dict[str, OpenRequest] = {}
         self._ended: OrderedDict[str, OpenRequest] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._open)
-
     def open(self, request: OpenRequest) -> None:
         """Enter it under its id, or under a fresh one if an open request, or another's, has that.
 

@@ -27,7 +27,7 @@ def test_the_book_is_bounded_and_keeps_the_last() -> None:
         book.open(request)
         book.close(request)
         book.close(request, "twice")
-    assert len(book) == 0
+    assert not book._open
     assert book.find(f"r{MAX_ENDED + 2}", "").error is None
     assert book.find("r3", "").state == "ended"
     with pytest.raises(ApiError, match="'r2'"):
