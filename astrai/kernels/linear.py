@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from astrai.kernels.threads import together
+
 # The number of rows the packed layout is chosen for. Results do not depend on it.
 _PACK_ROWS = 8
 # Columns that share one scale and zero in a 4-bit weight.
@@ -58,7 +60,8 @@ class DenseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
-        return F.linear(x, self.weight, self.bias)
+        with together():
+            return F.linear(x, self.weight, self.bias)
 
 
 class PackedLinear:
@@ -88,7 +91,8 @@ def _pack(weight: Tensor) -> Tensor:
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     linear: Any = torch.ops.mkldnn._linear_pointwise.default
-    out: Tensor = linear(x, weight, bias, "none", [], "")
+    with together():
+        out: Tensor = linear(x, weight, bias, "none", [], "")
     return out
 
 
@@ -127,7 +131,8 @@ class Int4Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
         product: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        out: Tensor = product(x.contiguous(), self.codes, INT4_GROUP, self.scale_and_zero)
+        with together():
+            out: Tensor = product(x.contiguous(), self.codes, INT4_GROUP, self.scale_and_zero)
         return out if self.bias is None else out.add_(self.bias)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from astrai.kernels.attention import AttentionBatch, check_batch
+from astrai.kernels.threads import together
 
 if TYPE_CHECKING:
     from astrai.inference.cache.storage import KVCache
@@ -34,6 +35,10 @@ _DEFAULT_KEY_BLOCK = 512
 # of fewer than 400 multiplications, which a lone row of a tiny head can be.
 _ROW_MULTIPLE = 4
 _TINY_HEAD_DIM = 32
+
+
+# K and V elements of a layer from which on threads are worth meeting for.
+_ALONE_ELEMENTS = 1 << 20
 
 
 class _Work(NamedTuple):
@@ -84,6 +89,10 @@ class CpuAttention:
             for window in set(self.config.layer_windows)
         }
         self._works = [works[window] for window in self.config.layer_windows]
+        per_page = self.kv.page_size * self.kv.head_dim
+        self._n_gathered = per_page * max(
+            sum(work.pages.numel() for work in layer) for layer in works.values()
+        )
 
     def _plan_group(
         self, batch: AttentionBatch, group: list[int], first: list[int], window: int | None
@@ -130,6 +139,10 @@ class CpuAttention:
         keys.index_put_(self._at, k)
         values.index_put_(self._at, v)
         works = self._works[layer]
+        with together(self._n_gathered > _ALONE_ELEMENTS):
+            return self._attend_all(works, q, pages)
+
+    def _attend_all(self, works: list[_Work], q: Tensor, pages: Tensor) -> Tensor:
         if len(works) == 1 and isinstance(works[0].rows, slice):
             return self._attend(works[0], q, pages)
         out = q.new_empty(self._n_rows, self.config.n_heads * self.config.head_dim)
