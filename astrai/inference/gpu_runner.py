@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,6 +72,7 @@ class GpuLaunch:
             if self._event is not None:
                 self._event.synchronize()
             self._outcomes = self._read()
+            self.slow, self.scored, self.hidden = [], {}, {}
         return self._outcomes
 
     def token_of(self, task: Task) -> int | None:
@@ -162,7 +162,8 @@ class GpuRunner:
         self._prefill_graphs: dict[int, _Captured] = {}
         most = min(max_chunk, _LAUNCH_SECONDS * _FLOPS_PER_SECOND / self.model.layer_flops)
         self._chunk_buckets = [bucket for bucket in _CHUNK_BUCKETS if bucket <= most]
-        self._unread: deque[GpuLaunch] = deque(maxlen=_RING - 1)
+        # Of each slot, the launch that sampled for it last.
+        self._sampled: list[GpuLaunch | None] = [None] * max_slots
         self._turn = 0
         # Bucket, slots and positions of the decode rows that the device will have next by itself.
         self._follows: tuple[int, list[int], list[int]] | None = None
@@ -238,7 +239,9 @@ class GpuRunner:
             event.record()
         ends = [i for i in chunks if entries[i].samples]
         _point(launch, results, steps, ends)
-        self._unread.append(launch)
+        for task, _, _, samples, _ in entries:
+            if samples:
+                self._sampled[task.slot] = launch
         return launch
 
     # ── decode ──────────────────────────────────────────────────────────────────────────────────
@@ -469,8 +472,13 @@ class GpuRunner:
         task = entry.task
         output_ids = task.tokens[task.n_prompt :]
         if entry.start + entry.n > len(task.tokens):
-            sampled = (launch.token_of(task) for launch in reversed(self._unread))
-            output_ids.append(next(token for token in sampled if token is not None))
+            launch = self._sampled[task.slot]
+            token = None if launch is None else launch.token_of(task)
+            if token is None:
+                raise RuntimeError(
+                    f"task {task.id}: position {len(task.tokens)} was sampled by no launch"
+                )
+            output_ids.append(token)
         return output_ids
 
 

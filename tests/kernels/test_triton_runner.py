@@ -15,12 +15,12 @@ from astrai.inference.cache.books import Books
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.engine import Engine, Message
 from astrai.inference.events import EventLog
-from astrai.inference.gpu_runner import GpuRunner
+from astrai.inference.gpu_runner import GpuLaunch, GpuRunner
 from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.task import Task, Update
+from astrai.inference.task import Plan, Task, Update
 from astrai.kernels.attention import load_backend
 from astrai.kernels.linear import DenseLinear
 from astrai.models import decoder as decoder_module
@@ -118,6 +118,30 @@ def test_preemption_changes_no_token(decoder: Decoder) -> None:
     expected, _ = run(decoder, "plain", 40, tasks())
     found, scheduler = run(decoder, "gpu", 4, tasks())
     assert scheduler.n_preemptions > 0
+    check_same(expected, found)
+
+
+def test_a_launch_that_fails_costs_no_token(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run again one by one, rows that look back need what the launch before them sampled."""
+
+    def tasks() -> list[Task]:
+        params = SamplingParams(max_tokens=6, presence_penalty=1.0)
+        return [Task(i, str(i), [i] * 5, params, 6, seed=i) for i in range(MAX_SLOTS)]
+
+    launch, failed = GpuRunner._launch, []
+
+    def breaks(self: GpuRunner, plan: Plan) -> GpuLaunch:
+        if plan.tick % 3 == 0 and len(plan.entries) > 1:
+            failed.append(plan.tick)
+            raise RuntimeError("the launch failed")
+        return launch(self, plan)
+
+    expected, _ = run(decoder, "plain", 40, tasks())
+    monkeypatch.setattr(GpuRunner, "_launch", breaks)
+    found, _ = run(decoder, "gpu", 40, tasks())
+    assert failed
     check_same(expected, found)
 
 
