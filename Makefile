@@ -1,5 +1,6 @@
 # make setup   .venv with everything in it        make test    lint, types, tests
 # make serve   a real model answering on HOST:PORT make bench   the benchmarks
+# make soak    minutes of mixed traffic             make test-slow, test-browser, test-animate
 #
 # TORCH names the build of PyTorch; PIP_ARGS goes to every pip install (say --index-url or
 # --extra-index-url where the CPU builds are elsewhere than the default index).

@@ -200,14 +200,12 @@ class Watch:
                 self.unbalanced.append(now)
             await asyncio.sleep(1)
 
-    def growth(self) -> list[dict[str, float]]:
-        """Of each process, MiB in the second and in the last quarter of the run."""
+    def quarters(self) -> list[list[int]]:
+        """Of each process, the median of its bytes in each quarter of the run."""
         found = []
         for series in zip(*self.memory):
-            quarter = len(series) // 4
-            early = statistics.median(series[quarter : 2 * quarter])
-            late = statistics.median(series[-quarter:])
-            found.append({"second_quarter": early / 2**20, "last_quarter": late / 2**20})
+            size = max(len(series) // 4, 1)
+            found.append([round(statistics.median(series[i * size :][:size])) for i in range(4)])
         return found
 
 
@@ -232,8 +230,8 @@ def main() -> int:
             time.sleep(0.2)
         idle, last = server.idle(), server.health()
         code = server.terminate()
-    memory = watch.growth()
-    flat = all((m["last_quarter"] - m["second_quarter"]) * 2**20 < _MEMORY_SLACK for m in memory)
+    memory = watch.quarters()
+    flat = all(last - second < _MEMORY_SLACK for _, second, _, last in memory)
     good = idle and flat and code == 0 and not soak.wrong and not watch.unbalanced
     for text, n in Counter(soak.wrong).most_common(12):
         print(f"WRONG {n} x {text}")
@@ -253,7 +251,7 @@ def main() -> int:
         "unbalanced": len(watch.unbalanced),
         "all_pages_back": idle,
         "pages": {k: v for k, v in last.items() if k.startswith("pages_")},
-        "memory_mib": [{k: round(v, 1) for k, v in m.items()} for m in memory],
+        "memory_mib_by_quarter": [[round(b / 2**20, 1) for b in m] for m in memory],
         "memory_flat": flat,
         "exit_code": code,
         "good": good,
