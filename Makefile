@@ -16,6 +16,7 @@ BENCH    ?= batching grouping throughput latency prefix books
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.astrai-setup
+DEV   := $(VENV)/.astrai-dev
 
 .PHONY: setup serve test test-slow animate-setup test-animate browser-setup test-browser soak bench gpu-check format clean
 
@@ -27,6 +28,11 @@ $(BIN)/pip:
 # torch first and by itself, so that nothing after it can choose another build.
 $(STAMP): pyproject.toml Makefile | $(BIN)/pip
 	$(BIN)/python -m pip install $(PIP_ARGS) '$(TORCH)'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[serve]'
+	@touch $@
+
+# What only the tests need.
+$(DEV): $(STAMP)
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[serve,dev]'
 	@touch $@
 
@@ -34,20 +40,20 @@ serve: setup
 	$(BIN)/astrai pull '$(MODEL)'
 	$(BIN)/astrai serve --model '$(MODEL)' --host '$(HOST)' --port '$(PORT)' $(ARGS)
 
-test: setup
+test: $(DEV)
 	$(BIN)/ruff check astrai tests bench
 	$(BIN)/ruff format --check astrai tests bench
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: setup
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
 # Manim draws text with Cairo and Pango, whose headers are Debian's; without the right to install
 # them this prints the one command that does.
 ANIMATE_PACKAGES := libcairo2-dev libpango1.0-dev pkg-config
 
-animate-setup: setup
+animate-setup: $(DEV)
 	@pkg-config --exists cairo pangocairo 2>/dev/null || \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q $(ANIMATE_PACKAGES); \
 	  else echo "first: sudo apt-get install $(ANIMATE_PACKAGES)"; exit 1; fi
@@ -57,7 +63,7 @@ test-animate: animate-setup
 	$(BIN)/python -m pytest -m animate tests/animate $(ARGS)
 
 # The live page in Debian's Chromium, driven by Playwright.
-browser-setup: setup
+browser-setup: $(DEV)
 	@command -v chromium >/dev/null || \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q chromium; \
 	  else echo "first: sudo apt-get install chromium"; exit 1; fi
@@ -69,14 +75,14 @@ test-browser: browser-setup
 bench: setup
 	for name in $(BENCH); do $(BIN)/astrai bench $$name $(ARGS) || exit 1; done
 
-soak: setup
+soak: $(DEV)
 	$(BIN)/python bench/soak.py $(ARGS)
 
 # On a machine with a GPU and its own build of PyTorch and Triton: no .venv.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
-format: setup
+format: $(DEV)
 	$(BIN)/ruff check --fix astrai tests bench
 	$(BIN)/ruff format astrai tests bench
 
