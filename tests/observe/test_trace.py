@@ -51,7 +51,7 @@ def test_tracks_are_named_and_in_time_and_nothing_overlaps(tmp_path: Path, depth
 
 
 def test_every_request_is_drawn_from_arrival_to_end(tmp_path: Path) -> None:
-    bench = mixed_run(tmp_path / "run.jsonl", 4)
+    bench = mixed_run(tmp_path / "run.jsonl", 10)
     recording, events = traced(tmp_path / "run.jsonl")
     told = list(recording.events())
     spans = tracks(events, "X")
