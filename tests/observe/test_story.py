@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from astrai.inference.engine import Engine
-from astrai.observe.animate.story import cache_story, label, moments, occupied_mask
+from astrai.observe.animate.story import _Pages, cache_story, label, moments, occupied_mask
 from tests.mocks import Bench, make_task
 
 PAGE, N_PAGES, SLOTS = 64, 10, 5
@@ -50,6 +50,15 @@ def test_the_steps_of_the_cache_are_the_worked_example() -> None:
     assert end.pool.refs[0] == 1, "C holds the shared page still"
     assert end.pool.cached >= {1}, "a full page stays to be found"
     assert end.pool.free_mask >> 4 & 1, "the partial page's bit comes back"
+
+
+def test_pages_of_a_task_that_failed_are_free_not_cached() -> None:
+    pages = _Pages(4)
+    for kind, values in (
+        ("take", (0, [0, 1])), ("index", (0, [0])), ("forget", ([0],)), ("return", (0, [1, 0])),
+    ):  # fmt: skip
+        pages.read(kind, values)
+    assert pages.state() == ((0, 0, 0, 0), frozenset())
 
 
 def test_moments_follow_slots_queue_and_groups() -> None:

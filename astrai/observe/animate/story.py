@@ -148,7 +148,7 @@ class _Pages:
             self.tables[values[0]] = list(values[1])
         elif kind == "index":
             self.indexed.update(values[1])
-        elif kind == "evict":
+        elif kind in ("evict", "forget"):
             self.cached.difference_update(values[0])
             self.indexed.difference_update(values[0])
         elif kind == "return":
