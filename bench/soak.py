@@ -14,7 +14,6 @@ import asyncio
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ import httpx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from astrai.bench._common import commit, hardware  # noqa: E402
 from tests.server.process import Served, served  # noqa: E402
 
 FLAGS = ("--max-slots", "6", "--kv-tokens", "3072", "--page-size", "16", "--max-waiting", "24")
@@ -46,8 +46,9 @@ TOOL = {
 PREFIX = "You are a careful assistant that answers in one short sentence. " * 8
 # Past the queue's bound a request is refused; that is the bound at work, not an error.
 BUSY = 429
-_MEMORY_SLACK = 48 << 20  # bytes a process may grow from its second quarter to its last
-# The first quarter fills caches: compiled grammars, allocator pools, the prefix index.
+# Bytes a process may grow from its second quarter to its last. The first quarter fills caches:
+# compiled grammars, allocator pools, the prefix index.
+_MEMORY_SLACK = 48 << 20
 
 
 class Soak:
@@ -235,13 +236,10 @@ def main() -> int:
     good = idle and flat and code == 0 and not soak.wrong and not watch.unbalanced
     for text, n in Counter(soak.wrong).most_common(12):
         print(f"WRONG {n} x {text}")
-    described = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
     result = {
         "bench": "soak",
-        "commit": described.stdout.strip(),
+        "commit": commit(),
+        "hardware": hardware(),
         "seed": args.seed,
         "minutes": args.minutes,
         "clients": args.clients,

@@ -178,11 +178,11 @@ async def _closed_loop(
     asked: list[Asked], concurrency: int, one: Callable[[Asked, float], Awaitable[Answer]]
 ) -> list[Answer]:
     """`concurrency` clients, each sending its next request when its last is answered."""
-    todo = iter(asked)
+    rest = iter(asked)
     answers: list[Answer] = []
 
     async def client() -> None:
-        for request in todo:
+        for request in rest:
             answers.append(await one(request, time.perf_counter()))
 
     await asyncio.gather(*(client() for _ in range(concurrency)))

@@ -10,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -116,7 +115,3 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         if line.startswith("data: ") and not line.endswith("[DONE]"):
             yield json.loads(line[6:])
-
-
-def now() -> float:
-    return time.monotonic()
