@@ -503,9 +503,14 @@ def _largest(x: Tensor, k: int) -> Tensor:
     return x.topk(k, dim=1).values if k < x.shape[1] else x.sort(dim=1, descending=True).values
 
 
+def share_of(params: SamplingParams) -> int:
+    """top_p * 2**62, at least 1; 0 if it is off."""
+    return max(int(params.top_p * (1 << 62)), 1) if params.top_p < 1.0 else 0
+
+
 def _goal(params: Sequence[SamplingParams], total: Tensor) -> Tensor:
     """int64[r, 1]: the mass that top_p asks of each `total`; a row without top_p keeps all."""
-    shares = [int(p.top_p * (1 << 62)) if p.top_p < 1.0 else 0 for p in params]
+    shares = [share_of(p) for p in params]
     share = torch.tensor(shares, device=total.device)[:, None]
     return torch.where(share > 0, _scaled(share, total), total).clamp_(min=1)
 

@@ -316,6 +316,10 @@ def test_top_p_is_the_smallest_set_that_reaches_p() -> None:
     assert drawable(quarters, top_p=0.6, top_k=2) == {0}
 
 
+def test_a_top_p_below_every_share_keeps_the_largest() -> None:
+    assert drawable([0.0, 1.0, 0.9], top_p=1e-30) == {1}
+
+
 def test_top_p_counts_the_ties_that_top_k_kept() -> None:
     logits = [math.log(0.4), *[math.log(0.2)] * 3]
     assert drawable(logits, top_k=2, top_p=0.39) == {0}
