@@ -39,10 +39,12 @@ from astrai.inference.engine import Engine, Message  # noqa: E402
 from astrai.inference.events import EventLog  # noqa: E402
 from astrai.inference.gpu_model import workspace_bytes  # noqa: E402
 from astrai.inference.gpu_runner import GpuRunner  # noqa: E402
-from astrai.inference.sampler import Sampler  # noqa: E402
+from astrai.inference.gpu_state import SlotState  # noqa: E402
+from astrai.inference.sampler import Sampler, SampleRow  # noqa: E402
 from astrai.inference.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.scheduler import Scheduler  # noqa: E402
 from astrai.inference.task import Task, Update  # noqa: E402
+from astrai.kernels.triton.sampling import SamplingScratch, sample  # noqa: E402
 from astrai.models.config import config_from_hf  # noqa: E402
 from astrai.models.decoder import Decoder  # noqa: E402
 from astrai.models.loading import dummy_weights  # noqa: E402
@@ -428,36 +430,92 @@ def check_tokens(decoder: Decoder) -> dict[str, float]:
     return out
 
 
-def check_sampling() -> None:
-    """The graph's sampling against the general sampler."""
-    from astrai.inference.sampler import SampleRow
-    from astrai.kernels.triton.sampling import SamplingScratch, sample
+# What rows ask of the sampler: name → one after the other, in turn.
+SAMPLING: dict[str, list[dict[str, Any]]] = {
+    "plain": [{"temperature": t} for t in (0.0, 0.6, 1.0, 1.5)],
+    "top_k": [{"top_k": k} for k in (1, 50, 1000, 20_000)],
+    "top_p": [{"top_p": p} for p in (0.1, 0.9, 0.95, 0.999)],
+    "min_p": [{"min_p": p} for p in (0.01, 0.05, 0.2, 1e-9)],
+    "all": [{"temperature": t, "top_k": 50, "top_p": 0.95, "min_p": 0.02} for t in (0.6, 1.2)],
+    # So flat that no few tokens hold the threshold: the whole row is searched.
+    "flat": [{"temperature": 30.0, "top_p": 0.95}, {"temperature": 1e30, "top_k": 5}],
+}
 
-    vocab, n = 151936, 64
-    torch.manual_seed(0)
-    logits = (torch.randn(n, vocab, device=DEVICE) * 4).bfloat16()
-    slots = torch.arange(n, dtype=torch.int32, device=DEVICE)
-    seeds = torch.randint(-(1 << 31), 1 << 31, (n, 2), dtype=torch.int64).to(torch.int32)
-    heat = torch.tensor([0.0, 0.6, 1.0, 1.5] * (n // 4))
-    last = torch.zeros(n, 2, dtype=torch.int32, device=DEVICE)
-    tokens = torch.empty(n, dtype=torch.int32, device=DEVICE)
-    tops = torch.empty(n, device=DEVICE)
-    scratch = SamplingScratch(vocab, n, torch.device(DEVICE))
-    sample(
-        scratch, logits, heat.to(DEVICE), seeds.to(DEVICE), slots, slots.clone(), last,
-        tokens, tops,
-    )  # fmt: skip
-    rows = [
-        SampleRow(SamplingParams(temperature=round(heat[i].item(), 3)),
-                  (int(seeds[i, 0]) & 0xFFFFFFFF) | (int(seeds[i, 1]) & 0xFFFFFFFF) << 32,
-                  i + 1, i, [], [])
-        for i in range(n)
-    ]  # fmt: skip
-    expected = [s.token for s in Sampler(vocab, n, DEVICE).sample(logits.float(), rows)]
-    same = sum(a == b for a, b in zip(tokens.tolist(), expected))
-    say(f"sampling: {same}/{n} tokens equal the general sampler's")
-    if same < n - 1:
-        raise RuntimeError(f"{same = } of {n}")
+
+class SamplingRig:
+    """The graph's sampling alone: `n` rows of random logits, asked in turn what `asked` says."""
+
+    def __init__(self, n: int, asked: list[dict[str, Any]], dtype: torch.dtype, vocab: int) -> None:
+        torch.manual_seed(n)
+        device = torch.device(DEVICE)
+        self.logits = (torch.randn(n, vocab, device=device) * 4).to(dtype)
+        self.params = [SamplingParams(**asked[i % len(asked)]) for i in range(n)]
+        self.state = SlotState(n, 1, device)
+        for i, params in enumerate(self.params):
+            task = Task(i, str(i), [0], params, 1, seed=i * 77)
+            task.slot = i
+            self.state.follow(task, 0)
+        changes = torch.from_numpy(self.state.take_changes()).to(device)
+        self.state.arena[changes[:, 0].long()] = changes[:, 1]
+        self.slots = torch.arange(n, dtype=torch.int32, device=device)
+        self.positions = self.slots.clone()
+        self.tokens, self.tops = torch.empty_like(self.slots), torch.empty(n, device=device)
+        self.scratch = SamplingScratch(vocab, n, device)
+
+    def sample(self) -> None:
+        shaped = any(params.truncated for params in self.params)
+        state = self.state
+        sample(
+            self.scratch, self.logits, state.temperatures, state.seeds, self.slots,
+            self.positions, state.last, self.tokens, self.tops, state.limits if shaped else None,
+            pdl=True,
+        )  # fmt: skip
+
+    def expected(self) -> list[int]:
+        n, vocab = self.logits.shape
+        rows = [SampleRow(p, i * 77, i + 1, i, [], []) for i, p in enumerate(self.params)]
+        drawn = Sampler(vocab, n, DEVICE).sample(self.logits.float(), rows)
+        return [row.token for row in drawn]
+
+    def microseconds(self) -> float:
+        """Of one launch inside a captured graph of ten, the median of twenty replays."""
+        self.sample()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                self.sample()
+        times = []
+        for _ in range(20):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 100)
+        return statistics.median(times)
+
+
+def check_sampling(vocab: int = 151936) -> dict[str, dict[int, float]]:
+    """The graph's sampling against the general sampler, and what it takes, by kind and rows."""
+    n = 64
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, asked in SAMPLING.items():
+            rig = SamplingRig(n, asked, dtype, vocab)
+            rig.sample()
+            same = sum(a == b for a, b in zip(rig.tokens.tolist(), rig.expected()))
+            say(f"sampling {name}, {dtype}: {same}/{n} tokens equal the general sampler's")
+            if same < n - 1:  # the two compute exp in different ways
+                raise RuntimeError(f"{name}, {dtype}: {same = } of {n}")
+    took: dict[str, dict[int, float]] = {}
+    if DEVICE == "cuda":
+        for name, asked in SAMPLING.items():
+            took[name] = {
+                rows: SamplingRig(rows, asked, torch.bfloat16, vocab).microseconds()
+                for rows in (1, 32, 256)
+            }
+            say(f"sampling {name}, us by rows:", {n: round(us, 1) for n, us in took[name].items()})
+    return took
 
 
 def check_bits(decoder: Decoder) -> dict[str, list[int]]:
@@ -545,7 +603,7 @@ def main() -> None:
         result["start"] = measure_start(shapes[0])
     if "check" in parts:
         result["attention_error"] = check_attention()
-        check_sampling()
+        result["sampling_us"] = check_sampling()
         result["logits_error"] = check_logits()
     for shape in shapes:
         say("──", shape)

@@ -19,9 +19,11 @@ from astrai.kernels.triton.decode_attention import (
     plan_decode,
 )
 from astrai.kernels.triton.elementwise import embed, rms_norm, silu_mul
+from astrai.kernels.triton.masses import BLOCK
 from astrai.kernels.triton.matvec import matvec
 from astrai.kernels.triton.prefill_attention import prefill_attention, write_keys
 from astrai.kernels.triton.product import Tile, add_norm, part_numbers, product, tile_of
+from astrai.kernels.triton.truncation import ROOM
 from astrai.models.config import ModelConfig
 from astrai.models.decoder import Decoder
 
@@ -272,6 +274,7 @@ def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chun
     chunk = step - widths["logits"] + widths["attended"]  # queries stand beside what they attended
     sampled = max_slots * widths["logits"]
     scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size + 4 * _part_numbers(config)
+    scratch += 4 * max_slots * (ROOM + config.vocab_size // BLOCK)
     return itemsize * (max_slots * step + max_chunk * chunk + sampled) + scratch
 
 

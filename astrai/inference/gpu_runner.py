@@ -158,8 +158,9 @@ class GpuRunner:
                 for _ in range(_RING)
             ]
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._decode_graphs: dict[int, _Captured] = {}
-        self._prefill_graphs: dict[int, _Captured] = {}
+        # Of a bucket and whether some row is truncated.
+        self._decode_graphs: dict[tuple[int, bool], _Captured] = {}
+        self._prefill_graphs: dict[tuple[int, bool], _Captured] = {}
         most = min(max_chunk, _LAUNCH_SECONDS * _FLOPS_PER_SECOND / self.model.layer_flops)
         self._chunk_buckets = [bucket for bucket in _CHUNK_BUCKETS if bucket <= most]
         # Of each slot, the launch that sampled for it last.
@@ -191,9 +192,9 @@ class GpuRunner:
         if self.graphs:
             with torch.cuda.stream(self.stream), torch.inference_mode():
                 compile_ahead(self._launch_all)
-                self._decode_graph(1)
+                self._decode_graph(1, False)
                 for bucket in self._chunk_buckets[:1]:
-                    self._prefill_graph(bucket)
+                    self._prefill_graph(bucket, False)
             torch.cuda.synchronize(self.device)
 
     def _launch_all(self) -> None:
@@ -201,10 +202,11 @@ class GpuRunner:
         scatter(self.state.arena, self._steps.views["changes"], 1)
         for name in ("positions", "tokens"):
             self._steps.views[name].fill_(-1)
-        self._decode_rows(1)
         bucket = min(_CHUNK_BUCKETS[0], self.max_chunk)
         hidden = self._prefill_rows(bucket, _graph_tiles(bucket))
-        self._sample_ends(hidden, min(_CHUNK_ENDS, self.max_slots))
+        for shaped in (False, True):
+            self._decode_rows(1, shaped)
+            self._sample_ends(hidden, min(_CHUNK_ENDS, self.max_slots), shaped)
 
     def launch(self, plan: Plan) -> GpuLaunch:
         with torch.cuda.stream(self.stream), torch.inference_mode():
@@ -281,30 +283,35 @@ class GpuRunner:
         return min(-(-n // _BUCKET_STEP) * _BUCKET_STEP, self.max_slots)
 
     def _decode(self, launch: GpuLaunch, steps: list[int], bucket: int) -> None:
+        shaped = _shaped(launch, steps)
         if self.graphs:
-            captured = self._decode_graphs.get(bucket) or self._decode_graph(bucket, restore=True)
+            captured = self._decode_graphs.get((bucket, shaped))
+            captured = captured or self._decode_graph(bucket, shaped, restore=True)
             captured.graph.replay()
             logits = captured.output
         else:
-            logits = self._decode_rows(bucket)
+            logits = self._decode_rows(bucket, shaped)
         self._draw_slow(launch, steps, logits)
 
-    def _decode_rows(self, bucket: int) -> Tensor:
+    def _decode_rows(self, bucket: int, shaped: bool) -> Tensor:
         views = self._steps.views
         rows = Rows(views["tokens"], views["slots"], views["positions"]).first(bucket)
         logits = self.model.decode(rows)
-        self._sample(logits, rows.slots, rows.positions, 0)
+        self._sample(logits, rows.slots, rows.positions, 0, shaped)
         return logits
 
-    def _sample(self, logits: Tensor, slots: Tensor, positions: Tensor, line: int) -> None:
+    def _sample(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, line: int, shaped: bool
+    ) -> None:
+        """shaped: some row is truncated; if none is, nothing is spent on looking."""
         n, state = len(slots), self.state
         sample(
             self._scratch, logits, state.temperatures, state.seeds, slots, positions, state.last,
             self._results[line, :n], self._results[line + 1, :n].view(torch.float32),
-            self.model.pdl,
+            state.limits if shaped else None, self.model.pdl,
         )  # fmt: skip
 
-    def _decode_graph(self, bucket: int, restore: bool = False) -> _Captured:
+    def _decode_graph(self, bucket: int, shaped: bool, restore: bool = False) -> _Captured:
         """Captured on padding rows, which write no page; `restore` brings this tick's rows back."""
         views = self._steps.views
         kept = {name: views[name].clone() for name in ("slots", "positions", "tokens")}
@@ -312,8 +319,8 @@ class GpuRunner:
         views["positions"].fill_(-1)
         views["tokens"].zero_()
         self._follows = self._follows if restore else None
-        captured = self._capture(lambda: self._decode_rows(bucket))
-        self._decode_graphs[bucket] = captured
+        captured = self._capture(lambda: self._decode_rows(bucket, shaped))
+        self._decode_graphs[bucket, shaped] = captured
         if restore:
             for name, values in kept.items():
                 views[name].copy_(values)
@@ -345,11 +352,12 @@ class GpuRunner:
         bucket = 0
         if self.graphs and len(ends) <= _CHUNK_ENDS and not scored and len(chunks) <= _CHUNK_ENDS:
             bucket = next((b for b in self._chunk_buckets if n_rows <= b), 0)
-        if bucket and bucket not in self._prefill_graphs:
-            self._prefill_graph(bucket)
+        shaped = _shaped(launch, ends)
+        if bucket and (bucket, shaped) not in self._prefill_graphs:
+            self._prefill_graph(bucket, shaped)
         n_tiles = self._upload_chunks(entries, bucket)
         if bucket:
-            captured = self._prefill_graphs[bucket]
+            captured = self._prefill_graphs[bucket, shaped]
             captured.graph.replay()
             logits = captured.output
         else:
@@ -359,7 +367,7 @@ class GpuRunner:
                 self._keep_hidden(launch, chunks, hidden)
             if not ends:
                 return
-            logits = self._sample_ends(hidden, len(ends))
+            logits = self._sample_ends(hidden, len(ends), shaped)
         self._draw_slow(launch, ends, logits)
 
     def _prefill_rows(self, n_rows: int, n_tiles: int) -> Tensor:
@@ -367,10 +375,10 @@ class GpuRunner:
         rows = Rows(views["tokens"], views["slots"], views["positions"]).first(n_rows)
         return self.model.prefill(rows, views["tiles"].view(-1, 4), n_tiles)
 
-    def _sample_ends(self, hidden: Tensor, n: int) -> Tensor:
+    def _sample_ends(self, hidden: Tensor, n: int, shaped: bool) -> Tensor:
         views = self._chunks.views
         logits = self.model.logits(hidden, views["end_rows"][:n])
-        self._sample(logits, views["end_slots"][:n], views["end_positions"][:n], 2)
+        self._sample(logits, views["end_slots"][:n], views["end_positions"][:n], 2, shaped)
         return logits
 
     def _upload_chunks(self, entries: list[Entry], bucket: int) -> int:
@@ -405,7 +413,7 @@ class GpuRunner:
         staging.copy()
         return n_tiles
 
-    def _prefill_graph(self, bucket: int) -> None:
+    def _prefill_graph(self, bucket: int, shaped: bool) -> None:
         staging, padding = self._chunks, self.state.padding_slot
         staging.device.zero_()
         for name in ("slots", "end_slots"):
@@ -415,9 +423,10 @@ class GpuRunner:
         ends = min(_CHUNK_ENDS, self.max_slots)
 
         def work() -> Tensor:
-            return self._sample_ends(self._prefill_rows(bucket, _graph_tiles(bucket)), ends)
+            hidden = self._prefill_rows(bucket, _graph_tiles(bucket))
+            return self._sample_ends(hidden, ends, shaped)
 
-        self._prefill_graphs[bucket] = self._capture(work)
+        self._prefill_graphs[bucket, shaped] = self._capture(work)
 
     def _score_prompts(self, launch: GpuLaunch, chunks: list[int], hidden: Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow the positions of each chunk."""
@@ -450,7 +459,7 @@ class GpuRunner:
     # ── what the fast path does not do ──────────────────────────────────────────────────────────
 
     def _draw_slow(self, launch: GpuLaunch, places: list[int], logits: Tensor) -> None:
-        """Rows that need more than a temperature, drawn by the general sampler."""
+        """Rows of which the graph lacks something, drawn by the general sampler."""
         entries = launch.entries
         rows = [r for r, i in enumerate(places) if not _fast(entries[i].task.params)]
         if not rows:
@@ -483,15 +492,18 @@ class GpuRunner:
 
 
 def _fast(params: SamplingParams) -> bool:
-    """A temperature is all there is to it."""
+    """Logits as they are, and the token is all that is asked."""
     return (
-        params.top_k == 0
-        and params.top_p == 1.0
-        and params.min_p == 0.0
-        and params.logprobs is None
+        params.logprobs is None
         and params.structured is None
         and not (params.penalised or params.logit_bias or params.min_tokens or params.bad_words)
     )
+
+
+def _shaped(launch: GpuLaunch, places: list[int]) -> bool:
+    """Some row that the graph samples is truncated."""
+    asked = (launch.entries[i].task.params for i in places)
+    return any(params.truncated and _fast(params) for params in asked)
 
 
 def _known(task: Task, position: int) -> int:

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from astrai.inference.sampler import MAX_TEMPERATURE, share_of
 from astrai.inference.task import Task
+from astrai.kernels.triton.truncation import Limits
 
 _ALIGN = 64  # int32 words: views start where 16-byte loads may
+_INT32 = (1 << 31) - 1
 
 
 class SlotState:
-    """Page table, last tokens, seed and temperature of every slot, and of one more for padding.
+    """Page table, last tokens and what the sampler is asked, of every slot and one for padding.
 
         arena int32   | tables [slots + 1, width] | last [.., 2] | seeds [.., 2] | temperatures |
+                      | top_k | shares of top_p [.., 2] | min_p |
 
     The token sampled for position p is at last[slot, p % 2]: computing a position a second time
     finds the token it was given the first time.
@@ -29,16 +33,20 @@ class SlotState:
         self.max_slots = max_slots
         self.padding_slot = max_slots
         self.width = _aligned(max_pages)
-        sizes = [rows * self.width, 2 * rows, 2 * rows, rows]
+        sizes = [rows * self.width, 2 * rows, 2 * rows, rows, rows, 2 * rows, rows]
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + _aligned(size))
-        self._last_at, self._seeds_at, self._heat_at = starts[1:4]
+        self._last_at, self._seeds_at, self._heat_at, self._k_at, self._p_at, self._min_at = starts[
+            1:7
+        ]
         self.arena = torch.zeros(starts[-1], dtype=torch.int32, device=device)
-        self.tables = self.arena[: sizes[0]].view(rows, self.width)
-        self.last = self.arena[self._last_at :][: sizes[1]].view(rows, 2)
-        self.seeds = self.arena[self._seeds_at :][: sizes[2]].view(rows, 2)
-        self.temperatures = self.arena[self._heat_at :][: sizes[3]].view(torch.float32)
+        parts = [self.arena[start:][:size] for start, size in zip(starts, sizes)]
+        self.tables = parts[0].view(rows, self.width)
+        self.last = parts[1].view(rows, 2)
+        self.seeds = parts[2].view(rows, 2)
+        self.temperatures = parts[3].view(torch.float32)
+        self.limits = Limits(parts[4], parts[5].view(rows, 2), parts[6].view(torch.float32))
         self._task: list[Task | None] = [None] * max_slots
         self._epoch = [-1] * max_slots
         self._n_pages = [0] * max_slots
@@ -74,11 +82,17 @@ class SlotState:
     def _seat(self, task: Task, epoch: int) -> None:
         slot = task.slot
         self._task[slot], self._epoch[slot], self._n_pages[slot] = task, epoch, 0
-        seed = task.seed & 0xFFFFFFFFFFFFFFFF
+        params = task.params
+        words = (
+            (self._seeds_at + 2 * slot, task.seed),
+            (self._p_at + 2 * slot, share_of(params)),
+        )
+        for place, value in words:
+            self._changes += (place, _signed(value), place + 1, _signed(value >> 32))
         self._changes += (
-            self._seeds_at + 2 * slot, _signed(seed & 0xFFFFFFFF),
-            self._seeds_at + 2 * slot + 1, _signed(seed >> 32),
-            self._heat_at + slot, _float_bits(task.params.temperature),
+            self._heat_at + slot, _float_bits(min(params.temperature, MAX_TEMPERATURE)),
+            self._k_at + slot, min(params.top_k, _INT32),
+            self._min_at + slot, _float_bits(params.min_p),
         )  # fmt: skip
 
 
@@ -130,10 +144,11 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def _signed(word: int) -> int:
+def _signed(number: int) -> int:
+    """The low 32 bits, as an int32."""
+    word = number & 0xFFFFFFFF
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _float_bits(value: float) -> int:
-    clipped = min(value, 3.0e38)
-    return int(struct.unpack("<i", struct.pack("<f", clipped))[0])
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])

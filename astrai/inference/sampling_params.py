@@ -98,6 +98,11 @@ class SamplingParams:
         )
 
     @property
+    def truncated(self) -> bool:
+        """Tokens are drawn, and not from the whole vocabulary."""
+        return not self.greedy and bool(self.top_k or self.top_p < 1.0 or self.min_p)
+
+    @property
     def reads_whole_prompt(self) -> bool:
         """Something is asked of every position of the prompt, so none can come from the cache."""
         return self.prompt_logprobs is not None or self.pooling == "mean"
