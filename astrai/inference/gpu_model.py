@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from astrai.inference.cache.storage import KVCache
+from astrai.inference.gpu_sampling import edit_bytes
 from astrai.inference.gpu_state import SlotState
 from astrai.inference.sampler import DEVICE_ROWS
 from astrai.kernels.linear import DenseLinear, Linear
@@ -275,6 +276,7 @@ def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chun
     sampled = max_slots * widths["logits"]
     scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size + 4 * _part_numbers(config)
     scratch += 4 * max_slots * (ROOM + config.vocab_size // BLOCK)
+    scratch += edit_bytes(config.vocab_size, max_slots)
     return itemsize * (max_slots * step + max_chunk * chunk + sampled) + scratch
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.gpu_model import GpuModel, Rows
+from astrai.inference.gpu_sampling import Need, SlotEdits
 from astrai.inference.gpu_state import SlotState, Staging
 from astrai.inference.runner import looks_back, outcome_of, pooled, sample_row
 from astrai.inference.sampler import Draws, Sampler
-from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, TokenLogprob
 from astrai.kernels.triton.elementwise import scatter
 from astrai.kernels.triton.launch import compile_ahead
@@ -149,7 +149,9 @@ class GpuRunner:
         with torch.cuda.stream(self.stream), torch.inference_mode():
             self.state = SlotState(max_slots, -(-max_model_len // kv.page_size), self.device)
             self.model = GpuModel(decoder, kv, self.state)
-            self._scratch = SamplingScratch(decoder.config.vocab_size, max_slots, self.device)
+            vocab_size = decoder.config.vocab_size
+            self._scratch = SamplingScratch(vocab_size, max_slots, self.device)
+            self.edits = SlotEdits(vocab_size, max_slots, self.device)
             self._steps, self._chunks = self._staging()
             # tokens and tops of decode rows, tokens and tops of prefill rows
             self._results = torch.zeros(4, max_slots, dtype=torch.int32, device=self.device)
@@ -158,9 +160,9 @@ class GpuRunner:
                 for _ in range(_RING)
             ]
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        # Of a bucket and whether some row is truncated.
-        self._decode_graphs: dict[tuple[int, bool], _Captured] = {}
-        self._prefill_graphs: dict[tuple[int, bool], _Captured] = {}
+        # Of a bucket and what its sampling gives: nobody pays for what no row of a tick needs.
+        self._decode_graphs: dict[tuple[int, Need], _Captured] = {}
+        self._prefill_graphs: dict[tuple[int, Need], _Captured] = {}
         most = min(max_chunk, _LAUNCH_SECONDS * _FLOPS_PER_SECOND / self.model.layer_flops)
         self._chunk_buckets = [bucket for bucket in _CHUNK_BUCKETS if bucket <= most]
         # Of each slot, the launch that sampled for it last.
@@ -192,9 +194,9 @@ class GpuRunner:
         if self.graphs:
             with torch.cuda.stream(self.stream), torch.inference_mode():
                 compile_ahead(self._launch_all)
-                self._decode_graph(1, False)
+                self._decode_graph(1, Need.HEAT)
                 for bucket in self._chunk_buckets[:1]:
-                    self._prefill_graph(bucket, False)
+                    self._prefill_graph(bucket, Need.HEAT)
             torch.cuda.synchronize(self.device)
 
     def _launch_all(self) -> None:
@@ -204,9 +206,13 @@ class GpuRunner:
             self._steps.views[name].fill_(-1)
         bucket = min(_CHUNK_BUCKETS[0], self.max_chunk)
         hidden = self._prefill_rows(bucket, _graph_tiles(bucket))
-        for shaped in (False, True):
-            self._decode_rows(1, shaped)
-            self._sample_ends(hidden, min(_CHUNK_ENDS, self.max_slots), shaped)
+        n_ends = min(_CHUNK_ENDS, self.max_slots)
+        # Kernels are compiled for any size: the tables of edits are made when they are needed.
+        edits, self.edits = self.edits, SlotEdits(self._scratch.vocab_size, n_ends, self.device)
+        for need in (Need.HEAT, Need.LIMITS, Need.EDITS):
+            self._decode_rows(1, need)
+            self._sample_ends(hidden, n_ends, need)
+        self.edits = edits
 
     def launch(self, plan: Plan) -> GpuLaunch:
         with torch.cuda.stream(self.stream), torch.inference_mode():
@@ -226,6 +232,7 @@ class GpuRunner:
         for i, (task, _, n, samples, epoch) in enumerate(entries):
             self.state.follow(task, epoch)
             (steps if n == 1 and samples else chunks).append(i)
+        self.edits.seat(self.state.take_seated())
         self.kv.clear_pages(plan.clears)
         for source, target in plan.copies:
             self.kv.copy_page(source, target)
@@ -283,35 +290,41 @@ class GpuRunner:
         return min(-(-n // _BUCKET_STEP) * _BUCKET_STEP, self.max_slots)
 
     def _decode(self, launch: GpuLaunch, steps: list[int], bucket: int) -> None:
-        shaped = _shaped(launch, steps)
+        need = self._need(launch, steps)
         if self.graphs:
-            captured = self._decode_graphs.get((bucket, shaped))
-            captured = captured or self._decode_graph(bucket, shaped, restore=True)
+            captured = self._decode_graphs.get((bucket, need))
+            captured = captured or self._decode_graph(bucket, need, restore=True)
             captured.graph.replay()
             logits = captured.output
         else:
-            logits = self._decode_rows(bucket, shaped)
+            logits = self._decode_rows(bucket, need)
         self._draw_slow(launch, steps, logits)
 
-    def _decode_rows(self, bucket: int, shaped: bool) -> Tensor:
+    def _decode_rows(self, bucket: int, need: Need) -> Tensor:
         views = self._steps.views
         rows = Rows(views["tokens"], views["slots"], views["positions"]).first(bucket)
         logits = self.model.decode(rows)
-        self._sample(logits, rows.slots, rows.positions, 0, shaped)
+        self._sample(logits, rows.slots, rows.positions, 0, need)
         return logits
 
     def _sample(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, line: int, shaped: bool
+        self, logits: Tensor, slots: Tensor, positions: Tensor, line: int, need: Need
     ) -> None:
-        """shaped: some row is truncated; if none is, nothing is spent on looking."""
-        n, state = len(slots), self.state
+        n, state, pdl = len(slots), self.state, self.model.pdl
+        if need is Need.EDITS:
+            logits = self.edits.edited(logits, slots, positions, state.last, pdl)
         sample(
             self._scratch, logits, state.temperatures, state.seeds, slots, positions, state.last,
             self._results[line, :n], self._results[line + 1, :n].view(torch.float32),
-            state.limits if shaped else None, self.model.pdl,
+            None if need is Need.HEAT else state.limits, pdl,
         )  # fmt: skip
 
-    def _decode_graph(self, bucket: int, shaped: bool, restore: bool = False) -> _Captured:
+    def _need(self, launch: GpuLaunch, places: list[int]) -> Need:
+        """What the rows that the graph samples need of it, at most."""
+        needs = [self.edits.needs[launch.entries[i].task.slot] for i in places]
+        return max((need for need in needs if need is not Need.GENERAL), default=Need.HEAT)
+
+    def _decode_graph(self, bucket: int, need: Need, restore: bool = False) -> _Captured:
         """Captured on padding rows, which write no page; `restore` brings this tick's rows back."""
         views = self._steps.views
         kept = {name: views[name].clone() for name in ("slots", "positions", "tokens")}
@@ -319,8 +332,8 @@ class GpuRunner:
         views["positions"].fill_(-1)
         views["tokens"].zero_()
         self._follows = self._follows if restore else None
-        captured = self._capture(lambda: self._decode_rows(bucket, shaped))
-        self._decode_graphs[bucket, shaped] = captured
+        captured = self._capture(lambda: self._decode_rows(bucket, need))
+        self._decode_graphs[bucket, need] = captured
         if restore:
             for name, values in kept.items():
                 views[name].copy_(values)
@@ -352,12 +365,12 @@ class GpuRunner:
         bucket = 0
         if self.graphs and len(ends) <= _CHUNK_ENDS and not scored and len(chunks) <= _CHUNK_ENDS:
             bucket = next((b for b in self._chunk_buckets if n_rows <= b), 0)
-        shaped = _shaped(launch, ends)
-        if bucket and (bucket, shaped) not in self._prefill_graphs:
-            self._prefill_graph(bucket, shaped)
+        need = self._need(launch, ends)
+        if bucket and (bucket, need) not in self._prefill_graphs:
+            self._prefill_graph(bucket, need)
         n_tiles = self._upload_chunks(entries, bucket)
         if bucket:
-            captured = self._prefill_graphs[bucket, shaped]
+            captured = self._prefill_graphs[bucket, need]
             captured.graph.replay()
             logits = captured.output
         else:
@@ -367,7 +380,7 @@ class GpuRunner:
                 self._keep_hidden(launch, chunks, hidden)
             if not ends:
                 return
-            logits = self._sample_ends(hidden, len(ends), shaped)
+            logits = self._sample_ends(hidden, len(ends), need)
         self._draw_slow(launch, ends, logits)
 
     def _prefill_rows(self, n_rows: int, n_tiles: int) -> Tensor:
@@ -375,10 +388,10 @@ class GpuRunner:
         rows = Rows(views["tokens"], views["slots"], views["positions"]).first(n_rows)
         return self.model.prefill(rows, views["tiles"].view(-1, 4), n_tiles)
 
-    def _sample_ends(self, hidden: Tensor, n: int, shaped: bool) -> Tensor:
+    def _sample_ends(self, hidden: Tensor, n: int, need: Need) -> Tensor:
         views = self._chunks.views
         logits = self.model.logits(hidden, views["end_rows"][:n])
-        self._sample(logits, views["end_slots"][:n], views["end_positions"][:n], 2, shaped)
+        self._sample(logits, views["end_slots"][:n], views["end_positions"][:n], 2, need)
         return logits
 
     def _upload_chunks(self, entries: list[Entry], bucket: int) -> int:
@@ -413,7 +426,7 @@ class GpuRunner:
         staging.copy()
         return n_tiles
 
-    def _prefill_graph(self, bucket: int, shaped: bool) -> None:
+    def _prefill_graph(self, bucket: int, need: Need) -> None:
         staging, padding = self._chunks, self.state.padding_slot
         staging.device.zero_()
         for name in ("slots", "end_slots"):
@@ -424,9 +437,9 @@ class GpuRunner:
 
         def work() -> Tensor:
             hidden = self._prefill_rows(bucket, _graph_tiles(bucket))
-            return self._sample_ends(hidden, ends, shaped)
+            return self._sample_ends(hidden, ends, need)
 
-        self._prefill_graphs[bucket, shaped] = self._capture(work)
+        self._prefill_graphs[bucket, need] = self._capture(work)
 
     def _score_prompts(self, launch: GpuLaunch, chunks: list[int], hidden: Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow the positions of each chunk."""
@@ -461,7 +474,8 @@ class GpuRunner:
     def _draw_slow(self, launch: GpuLaunch, places: list[int], logits: Tensor) -> None:
         """Rows of which the graph lacks something, drawn by the general sampler."""
         entries = launch.entries
-        rows = [r for r, i in enumerate(places) if not _fast(entries[i].task.params)]
+        needs = [self.edits.needs[entries[i].task.slot] for i in places]
+        rows = [r for r, need in enumerate(needs) if need is Need.GENERAL]
         if not rows:
             return
         chosen = [places[r] for r in rows]
@@ -489,21 +503,6 @@ class GpuRunner:
                 )
             output_ids.append(token)
         return output_ids
-
-
-def _fast(params: SamplingParams) -> bool:
-    """Logits as they are, and the token is all that is asked."""
-    return (
-        params.logprobs is None
-        and params.structured is None
-        and not (params.penalised or params.logit_bias or params.min_tokens or params.bad_words)
-    )
-
-
-def _shaped(launch: GpuLaunch, places: list[int]) -> bool:
-    """Some row that the graph samples is truncated."""
-    asked = (launch.entries[i].task.params for i in places)
-    return any(params.truncated and _fast(params) for params in asked)
 
 
 def _known(task: Task, position: int) -> int:

@@ -50,6 +50,7 @@ class SlotState:
         self._task: list[Task | None] = [None] * max_slots
         self._epoch = [-1] * max_slots
         self._n_pages = [0] * max_slots
+        self._seated: list[Task] = []
         self._changes: list[int] = []  # place, value, place, value, ...
 
     def follow(self, task: Task, epoch: int) -> None:
@@ -74,14 +75,21 @@ class SlotState:
         self._changes.clear()
         return changes
 
+    def take_seated(self) -> list[Task]:
+        """The tasks that got a slot, or got it again, since the last call."""
+        seated, self._seated = self._seated, []
+        return seated
+
     def forget(self) -> None:
         """A launch failed before its upload: send everything again."""
         self._task = [None] * self.max_slots
         self._changes.clear()
+        self._seated.clear()
 
     def _seat(self, task: Task, epoch: int) -> None:
         slot = task.slot
         self._task[slot], self._epoch[slot], self._n_pages[slot] = task, epoch, 0
+        self._seated.append(task)
         params = task.params
         words = (
             (self._seeds_at + 2 * slot, task.seed),

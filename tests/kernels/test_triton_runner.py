@@ -37,8 +37,10 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 MAX_SLOTS, BUDGET = 4, 40
 ASKED: list[dict[str, Any]] = [
-    {}, {"temperature": 0.0}, {"top_k": 5, "min_p": 0.01}, {"presence_penalty": 1.0, "top_p": 0.9},
-    {"logprobs": 2, "temperature": 0.0}, {"min_tokens": 2}, {"top_p": 0.5, "top_k": 40},
+    {}, {"temperature": 0.0}, {"top_k": 5, "min_p": 0.01},
+    {"presence_penalty": 1.0, "top_p": 0.9, "logit_bias": {5: 4.0, 7: -50.0}},
+    {"logprobs": 2, "temperature": 0.0, "frequency_penalty": 1.0},
+    {"min_tokens": 2, "repetition_penalty": 1.3}, {"top_p": 0.5, "top_k": 40},
 ]  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def test_same_tokens_as_the_plain_runner(decoder: Decoder) -> None:
 
 def test_preemption_changes_no_token(decoder: Decoder) -> None:
     def tasks() -> list[Task]:
-        params = SamplingParams(max_tokens=8, top_p=0.9)
+        params = SamplingParams(max_tokens=8, top_p=0.9, frequency_penalty=1.0)
         return [Task(i, str(i), [i] * 14, params, 8, seed=i) for i in range(3)]
 
     expected, _ = run(decoder, "plain", 40, tasks())
