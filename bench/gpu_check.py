@@ -39,11 +39,13 @@ from astrai.inference.engine import Engine, Message  # noqa: E402
 from astrai.inference.events import EventLog  # noqa: E402
 from astrai.inference.gpu_model import workspace_bytes  # noqa: E402
 from astrai.inference.gpu_runner import GpuRunner  # noqa: E402
+from astrai.inference.gpu_sampling import Need, SlotEdits  # noqa: E402
 from astrai.inference.gpu_state import SlotState  # noqa: E402
-from astrai.inference.sampler import Sampler, SampleRow  # noqa: E402
+from astrai.inference.runner import sample_row  # noqa: E402
+from astrai.inference.sampler import Sampler  # noqa: E402
 from astrai.inference.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.scheduler import Scheduler  # noqa: E402
-from astrai.inference.task import Task, Update  # noqa: E402
+from astrai.inference.task import Entry, Task, Update  # noqa: E402
 from astrai.kernels.triton.sampling import SamplingScratch, sample  # noqa: E402
 from astrai.models.config import config_from_hf  # noqa: E402
 from astrai.models.decoder import Decoder  # noqa: E402
@@ -439,6 +441,11 @@ SAMPLING: dict[str, list[dict[str, Any]]] = {
     "all": [{"temperature": t, "top_k": 50, "top_p": 0.95, "min_p": 0.02} for t in (0.6, 1.2)],
     # So flat that no few tokens hold the threshold: the whole row is searched.
     "flat": [{"temperature": 30.0, "top_p": 0.95}, {"temperature": 1e30, "top_k": 5}],
+    "edits": [
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"logit_bias": dict.fromkeys(range(300), 5.0), "min_tokens": 90, "stop_token_ids": [7]},
+        {"frequency_penalty": 1.1, "temperature": 0.0, "logit_bias": {5: -3.0, 6: 30.0}},
+    ],
 }
 
 
@@ -449,31 +456,42 @@ class SamplingRig:
         torch.manual_seed(n)
         device = torch.device(DEVICE)
         self.logits = (torch.randn(n, vocab, device=device) * 4).to(dtype)
-        self.params = [SamplingParams(**asked[i % len(asked)]) for i in range(n)]
+        self.params = [SamplingParams(max_tokens=99, **asked[i % len(asked)]) for i in range(n)]
         self.state = SlotState(n, 1, device)
+        self.edits = SlotEdits(vocab, n, device)
+        self.tasks = []
         for i, params in enumerate(self.params):
-            task = Task(i, str(i), [0], params, 1, seed=i * 77)
+            likely = self.logits[i].topk(96).indices.tolist()
+            task = Task(i, str(i), likely[::2] * 2, params, 99, seed=i * 77)
+            task.tokens += likely[:32] + likely[:8]
             task.slot = i
             self.state.follow(task, 0)
+            self.tasks.append(task)
+        self.edits.seat(self.state.take_seated())
         changes = torch.from_numpy(self.state.take_changes()).to(device)
         self.state.arena[changes[:, 0].long()] = changes[:, 1]
         self.slots = torch.arange(n, dtype=torch.int32, device=device)
-        self.positions = self.slots.clone()
+        ends = [len(task.tokens) - 1 for task in self.tasks]
+        self.positions = torch.tensor(ends, dtype=torch.int32, device=device)
         self.tokens, self.tops = torch.empty_like(self.slots), torch.empty(n, device=device)
         self.scratch = SamplingScratch(vocab, n, device)
 
     def sample(self) -> None:
-        shaped = any(params.truncated for params in self.params)
-        state = self.state
+        state, need, logits = self.state, max(self.edits.needs), self.logits
+        pdl = DEVICE == "cuda"
+        if need is Need.EDITS:
+            logits = self.edits.edited(logits, self.slots, self.positions, state.last, pdl)
         sample(
-            self.scratch, self.logits, state.temperatures, state.seeds, self.slots,
-            self.positions, state.last, self.tokens, self.tops, state.limits if shaped else None,
-            pdl=True,
+            self.scratch, logits, state.temperatures, state.seeds, self.slots, self.positions,
+            state.last, self.tokens, self.tops, None if need is Need.HEAT else state.limits, pdl,
         )  # fmt: skip
 
     def expected(self) -> list[int]:
         n, vocab = self.logits.shape
-        rows = [SampleRow(p, i * 77, i + 1, i, [], []) for i, p in enumerate(self.params)]
+        rows = [
+            sample_row(Entry(task, 0, len(task.tokens), True, 0), task.tokens[task.n_prompt :])
+            for task in self.tasks
+        ]
         drawn = Sampler(vocab, n, DEVICE).sample(self.logits.float(), rows)
         return [row.token for row in drawn]
 
