@@ -314,18 +314,22 @@ def _attend(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
 ) -> tl.tensor:
-    """One step of the online softmax over the keys before `position`."""
+    """One step of the online softmax over the keys before `position`.
+
+    Keys and dimensions are the wide side of the matrix units, which take 16 of one side and 8 of
+    the other: the few queries of a head are padded to 8, and `total` is [DIM_PADDED, QUERIES].
+    """
     key = block * BLOCK + tl.arange(0, BLOCK)
     seen = key < position
     if WINDOW:
         seen = seen & (key > position - WINDOW)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    highest = tl.maximum(peak, tl.max(scores, axis=1))
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+    scores = tl.where(seen[:, None], scores, float("-inf"))
+    highest = tl.maximum(peak, tl.max(scores, axis=0))
     old = tl.exp2(peak - highest)
-    weights = tl.exp2(scores - highest[:, None])
-    mass = mass * old + tl.sum(weights, axis=1)
-    total = tl.dot(weights.to(v.dtype), v, total * old[:, None], input_precision="ieee")
+    weights = tl.exp2(scores - highest[None, :])
+    mass = mass * old + tl.sum(weights, axis=0)
+    total = tl.dot(tl.trans(v), weights.to(v.dtype), total * old[None, :], input_precision="ieee")
     return highest, mass, total
 
 
@@ -373,7 +377,7 @@ def _leave_part(
     cell = part * GROUP_PADDED + g
     tl.store(peaks + cell, peak, mask=g < GROUP)
     tl.store(masses + cell, mass, mask=g < GROUP)
-    tl.store(sums + cell[:, None] * DIM_PADDED + d[None, :], total, mask=(g < GROUP)[:, None])
+    tl.store(sums + cell[None, :] * DIM_PADDED + d[:, None], total, mask=(g < GROUP)[None, :])
     tl.debug_barrier()  # every thread's stores come before the one thread's release below
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     if arrived == (start + n_blocks - 1) // per - start // per:
@@ -419,8 +423,8 @@ def _own_part(
     own = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
     peak = tl.where(fresh, own, float("-inf"))
     mass = tl.zeros([QUERIES], tl.float32) + tl.where(fresh, 1.0, 0.0)
-    total = tl.zeros([QUERIES, DIM_PADDED], tl.float32)
-    total += tl.where(fresh, v.to(tl.float32), 0.0)
+    total = tl.zeros([DIM_PADDED, QUERIES], tl.float32)
+    total += tl.where(fresh, tl.trans(v).to(tl.float32), 0.0)
     return peak, mass, total
 
 
@@ -432,9 +436,9 @@ def _store_whole(
     """A head whose keys were all in one share."""
     g = tl.arange(0, QUERIES)
     d = tl.arange(0, DIM_PADDED)
-    value = (total / mass[:, None]).to(out.dtype.element_ty)
-    there = (g < GROUP)[:, None] & (d < DIM)[None, :]
-    tl.store(out + g[:, None] * DIM + d[None, :], value, mask=there)
+    value = (total / mass[None, :]).to(out.dtype.element_ty)
+    there = (g < GROUP)[None, :] & (d < DIM)[:, None]
+    tl.store(out + g[None, :] * DIM + d[:, None], value, mask=there)
 
 
 @triton.jit(do_not_specialize=["n_rows", "table_stride"])
@@ -554,7 +558,7 @@ def decode_attention(
         DIM_PADDED=s.dim_padded,
         GROUP=s.group,
         GROUP_PADDED=s.group_padded,
-        QUERIES=max(16, s.group_padded),
+        QUERIES=max(8, s.group_padded),
         PAGE=s.page_size,
         BLOCK=tuning.block,
         WINDOW=window or 0,
