@@ -395,7 +395,7 @@ def logits_of(decoder: Decoder, ids: list[int]) -> torch.Tensor:
             bucket = 1 if position % 2 else 4
             for name, fill in (("slots", 4), ("positions", -1), ("tokens", 0)):
                 runner._steps.views[name][1:bucket] = fill
-            rows.append(runner._decode_rows(bucket)[:1].float().clone())
+            rows.append(runner._decode_rows(bucket, Need.HEAT)[:1].float().clone())
     torch.cuda.synchronize()
     return torch.cat(rows)
 
