@@ -9,7 +9,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,14 +120,15 @@ def run(llm: LLM, requests: Sequence[Request]) -> Run:
     return Run(seconds, llm.engine.scheduler.n_tick - before, outputs)
 
 
-def run_tokens(llm: LLM, requests: Sequence[Request], temperature: float) -> Run:
-    """Like `run`, of token ids alone: nothing is made into text, and there are no outputs."""
+def run_tokens(llm: LLM, requests: Sequence[Request], sampling: Mapping[str, Any]) -> Run:
+    """Like `run`, of token ids alone: nothing is made into text, and there are no outputs.
+
+    sampling: fields of SamplingParams.
+    """
     llm.engine.scheduler.books.drop_cached()
     tasks = []
     for i, request in enumerate(requests):
-        params = SamplingParams(
-            temperature=temperature, max_tokens=request.max_tokens, ignore_eos=True
-        )
+        params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True, **sampling)
         tasks += llm.intake.tasks(request.prompt_ids, params, request_id=f"bench-{i}")
     before = llm.engine.scheduler.n_tick
     started = time.perf_counter()

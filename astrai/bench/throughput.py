@@ -2,12 +2,14 @@
 
 cpu: 32 requests of real text, prompts 16-128 tokens, outputs lognormal, 8 running, greedy.
 nano: 256 requests at once, prompts and outputs of uniform(100, 1024) tokens, at most 256 running,
-temperature 0.6, tokens only. Both ignore end of sequence; a warm-up on other prompts goes before.
+temperature 0.6, tokens only; `--sampling '{"temperature": 0.7, "top_p": 0.8}'` for other draws.
+Both ignore end of sequence; a warm-up on other prompts goes before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,14 +39,16 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--workload", choices=NAMES, default="cpu")
     options.add_argument("--requests", type=int, default=None, help="the first so many")
     options.add_argument("--repeat", type=int, default=3, help="runs, of which the median counts")
+    options.add_argument("--sampling", default='{"temperature": 0.6}', help="nano only: JSON")
     args = options.parse_args(argv)
+    args.sampling = json.loads(args.sampling)
     args.slots = args.slots or (256 if args.workload == "nano" else 8)
     llm = load(args)
     requests = _requests(llm, args, args.seed)
     # As many other requests where kernels are compiled and graphs captured by number of rows.
     on_gpu = llm.budget.device.startswith("cuda")
-    _run(llm, _requests(llm, args, args.seed + 1)[: None if on_gpu else 4], args.workload)
-    runs = [_run(llm, requests, args.workload) for _ in range(args.repeat)]
+    _run(llm, _requests(llm, args, args.seed + 1)[: None if on_gpu else 4], args)
+    runs = [_run(llm, requests, args) for _ in range(args.repeat)]
     seconds = statistics.median(r.seconds for r in runs)
     n_in, n_out = sum(len(r.prompt_ids) for r in requests), sum(r.max_tokens for r in requests)
     cost, machine = floor_of(llm)
@@ -59,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     ]
     result = {
         "workload": args.workload,
+        **({"sampling": args.sampling} if args.workload == "nano" else {}),
         "tokens_per_second": round(rate, 2),
         "runs_tokens_per_second": spread,
         "seconds": round(seconds, 3),
@@ -76,7 +81,7 @@ def _requests(llm: LLM, args: argparse.Namespace, seed: int) -> list[Request]:
     return w_cpu(llm.tokenizer, seed, args.requests or 32)
 
 
-def _run(llm: LLM, requests: Sequence[Request], workload: str) -> Run:
-    if workload == "nano":
-        return run_tokens(llm, requests, temperature=0.6)
+def _run(llm: LLM, requests: Sequence[Request], args: argparse.Namespace) -> Run:
+    if args.workload == "nano":
+        return run_tokens(llm, requests, args.sampling)
     return run(llm, requests)
