@@ -38,7 +38,7 @@ from astrai.inference.cache.storage import KVCache  # noqa: E402
 from astrai.inference.engine import Engine, Message  # noqa: E402
 from astrai.inference.events import EventLog  # noqa: E402
 from astrai.inference.gpu_model import workspace_bytes  # noqa: E402
-from astrai.inference.gpu_runner import GpuRunner  # noqa: E402
+from astrai.inference.gpu_runner import Form, GpuRunner, step_form  # noqa: E402
 from astrai.inference.gpu_sampling import Need, SlotEdits  # noqa: E402
 from astrai.inference.gpu_state import SlotState  # noqa: E402
 from astrai.inference.runner import sample_row  # noqa: E402
@@ -46,6 +46,7 @@ from astrai.inference.sampler import Sampler  # noqa: E402
 from astrai.inference.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.scheduler import Scheduler  # noqa: E402
 from astrai.inference.task import Entry, Task, Update  # noqa: E402
+from astrai.kernels.triton.prefill_attention import TILE  # noqa: E402
 from astrai.kernels.triton.sampling import SamplingScratch, sample  # noqa: E402
 from astrai.models.config import config_from_hf  # noqa: E402
 from astrai.models.decoder import Decoder  # noqa: E402
@@ -384,18 +385,19 @@ def logits_of(decoder: Decoder, ids: list[int]) -> torch.Tensor:
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.state.follow(task, 0)
         runner._upload_steps([], [])
-        from astrai.inference.task import Entry
-
-        n_tiles = runner._upload_chunks([Entry(task, 0, half, False, 0)], 0)
-        hidden = runner._prefill_rows(half, n_tiles)
+        chunk = Form(0, half, -(-half // TILE), 0, Need.HEAT)
+        runner._upload_chunks([Entry(task, 0, half, False, 0)], chunk)
+        hidden: list[torch.Tensor] = []
+        runner._compute(chunk, hidden.append)
         at = torch.arange(half, dtype=torch.int32, device=DEVICE)
-        rows.append(runner.model.logits(hidden, at).float())
+        rows.append(runner.model.logits(hidden[0], at).float())
         for position in range(half, len(ids)):
             runner._upload_steps([Entry(task, position, 1, True, 0)], [0])
             bucket = 1 if position % 2 else 4
             for name, fill in (("slots", 4), ("positions", -1), ("tokens", 0)):
                 runner._steps.views[name][1:bucket] = fill
-            rows.append(runner._decode_rows(bucket, Need.HEAT)[:1].float().clone())
+            logits = runner._compute(step_form(bucket, Need.HEAT))
+            rows.append(logits[:1].float().clone())
     torch.cuda.synchronize()
     return torch.cat(rows)
 

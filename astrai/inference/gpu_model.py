@@ -28,6 +28,12 @@ from astrai.kernels.triton.truncation import ROOM
 from astrai.models.config import ModelConfig
 from astrai.models.decoder import Decoder
 
+# Rows of logits beside one for every slot.
+SPARE_ROWS = 64
+# Up to this many prompt positions share the pass of a tick's steps: reading the weights outweighs
+# computing, and one pass reads them once.
+MIXED_CHUNK = 256
+
 
 class Rows(NamedTuple):
     """What the kernels must know of each row; all int32 [T]."""
@@ -35,9 +41,6 @@ class Rows(NamedTuple):
     tokens: Tensor  # -1: the token last sampled for the slot
     slots: Tensor
     positions: Tensor  # -1: padding, which writes no page
-
-    def first(self, n: int) -> Rows:
-        return Rows(self.tokens[:n], self.slots[:n], self.positions[:n])
 
 
 class _Layer(NamedTuple):
@@ -55,10 +58,11 @@ class _Layer(NamedTuple):
 
 
 class GpuModel:
-    """Two ways through the layers: `decode` (one position per row) and `prefill` (ragged chunks).
+    """Two ways through the layers: `decode` (one position per row), and `prefill` (ragged chunks,
+    with such rows beside them).
 
-    Owns rope tables and the scratch memory of decode. Does not own weights (the decoder's), pages
-    or slot state. `decode` allocates nothing, so that a graph of it holds fixed addresses.
+    Owns rope tables, logits and the scratch memory of decode. Does not own weights (the decoder's),
+    pages or slot state. `decode` allocates nothing, so that a graph of it holds fixed addresses.
     """
 
     def __init__(self, decoder: Decoder, kv: KVCache, state: SlotState) -> None:
@@ -115,18 +119,17 @@ class GpuModel:
             name: torch.zeros(max_rows, width, dtype=self.dtype, device=self.device)
             for name, width in _widths(c).items()
         }
+        self._logits = self._new(max_rows + SPARE_ROWS, c.vocab_size)
         self._parts = torch.zeros(_part_numbers(c), device=self.device)
 
     def decode(self, rows: Rows) -> Tensor:
-        """Logits [R, vocab_size] of one new position per row; the next call overwrites them."""
+        """Logits [R, vocab_size] of one new position per row; the next call, or that of `logits`,
+        overwrites them."""
         n, pdl = len(rows.slots), self.pdl
         buffers = {name: buffer[:n] for name, buffer in self._buffers.items()}
-        hidden, logits = buffers["hidden"], buffers["logits"]
+        hidden, logits = buffers["hidden"], self._logits[:n]
         embed(self.embedding, rows.tokens, rows.slots, rows.positions, self.state.last, hidden)
-        plans = {
-            window: plan_decode(self.attention, rows.positions, rows.slots, plan, window, pdl)
-            for window, plan in self._plans.items()
-        }
+        plans = self._plan(rows)
         if n == 1:
             for layer in self.layers:
                 self._vector_layer(layer, rows, plans[layer.window], buffers)
@@ -141,6 +144,12 @@ class GpuModel:
             )
             _product(self.head, buffers["normed"], logits)
         return logits
+
+    def _plan(self, rows: Rows) -> dict[int | None, DecodePlan]:
+        return {
+            window: plan_decode(self.attention, rows.positions, rows.slots, plan, window, self.pdl)
+            for window, plan in self._plans.items()
+        }
 
     def _attend(
         self, layer: _Layer, rows: Rows, plan: DecodePlan, qkv: Tensor, out: Tensor
@@ -226,32 +235,51 @@ class GpuModel:
             product(x, weight, parts, tile, pdl=pdl)
             add_norm(parts, hidden, gain, normed, eps, bias=linear.bias, pdl=pdl)
 
-    def prefill(self, rows: Rows, tiles: Tensor, n_tiles: int) -> Tensor:
-        """Residual stream [T, hidden_size] after the last layer; see `logits`."""
-        n, eps, tables = len(rows.slots), self.config.rms_norm_eps, self.state.tables
+    def prefill(self, chunks: Rows, tiles: Tensor, n_tiles: int, steps: Rows) -> Tensor:
+        """Residual stream [S + T, hidden_size] after the last layer; see `logits`.
+
+        Of S steps (one position per row, attended as `decode` does), then of T rows of ragged
+        chunks: the weights are read once for both. tiles: see `prefill_attention`, of `chunks`.
+        """
+        n, eps, tables = len(steps.slots), self.config.rms_norm_eps, self.state.tables
         widths = _widths(self.config)
-        buffers = {name: self._new(n, width) for name, width in widths.items() if name != "logits"}
+        total = n + len(chunks.slots)
+        buffers = {name: self._new(total, width) for name, width in widths.items()}
         hidden, qkv, attended = buffers["hidden"], buffers["qkv"], buffers["attended"]
-        queries = self._new(n, widths["attended"])
-        embed(self.embedding, rows.tokens, rows.slots, rows.positions, self.state.last, hidden)
+        queries = self._new(len(chunks.slots), widths["attended"])
+        for rows, out in ((steps, hidden[:n]), (chunks, hidden[n:])):
+            if len(out):
+                embed(self.embedding, rows.tokens, rows.slots, rows.positions, self.state.last, out)
+        plans = self._plan(steps) if n else {}
 
         def attend(layer: _Layer) -> None:
+            if n:
+                self._attend(layer, steps, plans[layer.window], qkv[:n], attended[:n])
             write_keys(
-                qkv, queries, layer.pages, tables, rows.slots, rows.positions,
+                qkv[n:], queries, layer.pages, tables, chunks.slots, chunks.positions,
                 q_weight=layer.q_norm, k_weight=layer.k_norm,
                 rope=self.rope if layer.rope else None, eps=eps,
             )  # fmt: skip
             prefill_attention(
-                queries, attended, layer.pages, tables, tiles, n_tiles, window=layer.window
+                queries, attended[n:], layer.pages, tables, tiles, n_tiles, window=layer.window
             )
 
         self._matrix_layers(buffers, attend)
         return hidden
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """[R, vocab_size] of the rows (int32 [R]) of what `prefill` returned."""
-        out = self._new(len(rows), self.config.vocab_size)
-        _product(self.head, self.normed(hidden, rows), out)
+    def logits(self, hidden: Tensor, ends: Tensor, n_steps: int = 0) -> Tensor:
+        """[n_steps + E, vocab_size] of what `prefill` returned: of its steps, then of the rows
+        `ends` (int32 [E]) of its chunks. At most max_slots + SPARE_ROWS; the next call overwrites
+        them."""
+        normed = self._new(n_steps + len(ends), self.config.hidden_size)
+        if n_steps:
+            rms_norm(hidden[:n_steps], self.norm, normed[:n_steps], self.config.rms_norm_eps)
+        if len(ends):
+            rms_norm(
+                hidden[n_steps:], self.norm, normed[n_steps:], self.config.rms_norm_eps, rows=ends
+            )
+        out = self._logits[: len(normed)]
+        _product(self.head, normed, out)
         return out
 
     def normed(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -267,21 +295,22 @@ class GpuModel:
 def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chunk: int) -> int:
     """Device memory of activations beside weights and pages, with prefill at its largest.
 
-    Decode's buffers and a prefill of `max_chunk` rows, `max_slots` of them sampling; scratch of the
-    samplers included, graphs (some MiB each) and the allocator's rounding not.
+    Decode's buffers, a prefill of `max_chunk` rows and all logits; scratch of the samplers
+    included, graphs (some MiB each) and the allocator's rounding not.
     """
     widths = _widths(config)
     step = sum(widths.values())
-    chunk = step - widths["logits"] + widths["attended"]  # queries stand beside what they attended
-    sampled = max_slots * widths["logits"]
+    chunk = step + widths["attended"]  # queries stand beside what they attended
+    rows = max(max_chunk, max_slots + MIXED_CHUNK)
+    logits = (max_slots + SPARE_ROWS) * config.vocab_size
     scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size + 4 * _part_numbers(config)
     scratch += 4 * max_slots * (ROOM + config.vocab_size // BLOCK)
     scratch += edit_bytes(config.vocab_size, max_slots)
-    return itemsize * (max_slots * step + max_chunk * chunk + sampled) + scratch
+    return itemsize * (max_slots * step + rows * chunk + logits) + scratch
 
 
 def _widths(c: ModelConfig) -> dict[str, int]:
-    """Numbers per row of each activation."""
+    """Numbers per row of each activation, logits apart."""
     return {
         "hidden": c.hidden_size,
         "normed": c.hidden_size,
@@ -289,7 +318,6 @@ def _widths(c: ModelConfig) -> dict[str, int]:
         "attended": c.n_heads * c.head_dim,
         "gate_up": 2 * c.intermediate_size,
         "acted": c.intermediate_size,
-        "logits": c.vocab_size,
     }
 
 

@@ -20,7 +20,7 @@ from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.task import Plan, Task, Update
+from astrai.inference.task import Entry, Plan, Task, Update
 from astrai.kernels.attention import load_backend
 from astrai.kernels.linear import DenseLinear
 from astrai.models import decoder as decoder_module
@@ -72,20 +72,20 @@ def make_tasks(n: int) -> list[Task]:
 
 
 def run(
-    decoder: Decoder, kind: str, n_pages: int, tasks: list[Task]
+    decoder: Decoder, kind: str, n_pages: int, tasks: list[Task], budget: int = BUDGET
 ) -> tuple[list[Task], Scheduler]:
     c = decoder.config
     kv = KVCache(c.n_layers, n_pages, 16, c.n_kv_heads, c.head_dim, torch.float32)
     events = EventLog()
     books = Books(n_pages, 16, True, events)
-    config = SchedulerConfig(max_slots=MAX_SLOTS, prefill_budget=BUDGET)
+    config = SchedulerConfig(max_slots=MAX_SLOTS, prefill_budget=budget)
     scheduler = Scheduler(config, books, time.monotonic, events)
     sampler = Sampler(c.vocab_size, MAX_SLOTS, "cpu")
     runner: Any
     if kind == "plain":
         runner = Runner(decoder, kv, load_backend("reference")(kv, c), sampler)
     else:
-        runner = GpuRunner(decoder, kv, sampler, MAX_SLOTS, BUDGET, max_model_len=128)
+        runner = GpuRunner(decoder, kv, sampler, MAX_SLOTS, budget, max_model_len=128)
     ends: list[Update] = []
     engine = Engine(scheduler, runner, ends.extend)
     engine.post(Message(add=tasks))
@@ -110,6 +110,43 @@ def test_same_tokens_as_the_plain_runner(decoder: Decoder) -> None:
     check_same(expected, found)
     for a, b in zip(expected[4].prompt_logprobs, found[4].prompt_logprobs, strict=True):
         assert a.token == b.token and a.logprob == pytest.approx(b.logprob, abs=1e-3)
+
+
+def test_steps_and_short_chunks_share_a_pass(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that the general sampler draws, the end of a prompt, a chunk without end, a hit."""
+
+    def tasks() -> list[Task]:
+        rng = random.Random(2)
+        common = rng.choices(range(300), k=20)
+        prompts = [common, rng.choices(range(300), k=30), rng.choices(range(300), k=20)]
+        prompts.append(common[:16] + rng.choices(range(300), k=5))
+        made = []
+        for i, prompt in enumerate(prompts):
+            params = SamplingParams(max_tokens=8, logprobs=1 if i == 0 else None)
+            made.append(Task(i, str(i), prompt, params, 8, seed=i))
+        return made
+
+    shared: list[tuple[list[Entry], list[Entry]]] = []
+    inner = GpuRunner._run
+
+    def spied(self: GpuRunner, launch: GpuLaunch, each: Any) -> None:
+        if each.steps and each.chunks:
+            steps, chunks = ([launch.entries[i] for i in at] for at in (each.steps, each.chunks))
+            shared.append((steps, chunks))
+        inner(self, launch, each)
+
+    expected, _ = run(decoder, "plain", 40, tasks(), budget=32)
+    monkeypatch.setattr(GpuRunner, "_run", spied)
+    found, _ = run(decoder, "gpu", 40, tasks(), budget=32)
+    check_same(expected, found)
+    assert any(
+        any(step.task.params.logprobs for step in steps)
+        and {chunk.samples for chunk in chunks} == {True, False}
+        for steps, chunks in shared
+    )
+    assert any(chunk.task.id == 3 and chunk.start == 16 for _, chunks in shared for chunk in chunks)
 
 
 def test_preemption_changes_no_token(decoder: Decoder) -> None:

@@ -48,7 +48,7 @@ def _write_kernel(
     d = tl.arange(0, DIM_PADDED)
     inside = (d < DIM)[None, :]
     source = qkv + row * ((N_HEADS + 2 * N_KV) * DIM)
-    cosine, sine = load_angles(cosines, sines, position, DIM, DIM_PADDED, ROPE)
+    cosine, sine = load_angles(cosines, sines, tl.maximum(position, 0), DIM, DIM_PADDED, ROPE)
     if tl.program_id(1) * HEADS < N_HEADS:
         live = (h < N_HEADS)[:, None]
         there = live & inside
