@@ -37,17 +37,19 @@ from astrai.inference.cache.books import Books  # noqa: E402
 from astrai.inference.cache.storage import KVCache  # noqa: E402
 from astrai.inference.engine import Engine, Message  # noqa: E402
 from astrai.inference.events import EventLog  # noqa: E402
+from astrai.inference.gpu_launch import STEPS, new_results  # noqa: E402
 from astrai.inference.gpu_model import workspace_bytes  # noqa: E402
 from astrai.inference.gpu_runner import Form, GpuRunner, step_form  # noqa: E402
-from astrai.inference.gpu_sampling import Need, SlotEdits  # noqa: E402
+from astrai.inference.gpu_sampling import Need, SlotEdits, draw  # noqa: E402
 from astrai.inference.gpu_state import SlotState  # noqa: E402
 from astrai.inference.runner import sample_row  # noqa: E402
-from astrai.inference.sampler import Sampler  # noqa: E402
+from astrai.inference.sampler import Sampled, Sampler, score_of  # noqa: E402
 from astrai.inference.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.scheduler import Scheduler  # noqa: E402
 from astrai.inference.task import Entry, Task, Update  # noqa: E402
 from astrai.kernels.triton.prefill_attention import TILE  # noqa: E402
-from astrai.kernels.triton.sampling import SamplingScratch, sample  # noqa: E402
+from astrai.kernels.triton.sampling import SamplingScratch  # noqa: E402
+from astrai.kernels.triton.scores import scores_of  # noqa: E402
 from astrai.models.config import config_from_hf  # noqa: E402
 from astrai.models.decoder import Decoder  # noqa: E402
 from astrai.models.loading import dummy_weights  # noqa: E402
@@ -448,6 +450,7 @@ SAMPLING: dict[str, list[dict[str, Any]]] = {
         {"logit_bias": dict.fromkeys(range(300), 5.0), "min_tokens": 90, "stop_token_ids": [7]},
         {"frequency_penalty": 1.1, "temperature": 0.0, "logit_bias": {5: -3.0, 6: 30.0}},
     ],
+    "logprobs": [{"logprobs": n, "frequency_penalty": n / 9} for n in (0, 1, 5, 20)],
 }
 
 
@@ -475,27 +478,31 @@ class SamplingRig:
         self.slots = torch.arange(n, dtype=torch.int32, device=device)
         ends = [len(task.tokens) - 1 for task in self.tasks]
         self.positions = torch.tensor(ends, dtype=torch.int32, device=device)
-        self.tokens, self.tops = torch.empty_like(self.slots), torch.empty(n, device=device)
+        self.out = new_results(n, device).line(STEPS, n)
         self.scratch = SamplingScratch(vocab, n, device)
 
     def sample(self) -> None:
-        state, need, logits = self.state, max(self.edits.needs), self.logits
-        pdl = DEVICE == "cuda"
-        if need is Need.EDITS:
-            logits = self.edits.edited(logits, self.slots, self.positions, state.last, pdl)
-        sample(
-            self.scratch, logits, state.temperatures, state.seeds, self.slots, self.positions,
-            state.last, self.tokens, self.tops, None if need is Need.HEAT else state.limits, pdl,
+        draw(
+            self.scratch, self.edits, self.state, self.logits, self.slots, self.positions, self.out,
+            max(self.edits.needs), DEVICE == "cuda",
         )  # fmt: skip
 
-    def expected(self) -> list[int]:
+    def drawn(self) -> list[Sampled]:
+        tokens, scores = self.out.tokens.tolist(), self.out.scores.cpu().numpy()
+        drawn = [Sampled(token) for token in tokens]
+        for i, params in enumerate(self.params):
+            if params.logprobs is not None:
+                found = score_of(*scores_of(scores[i]))
+                drawn[i] = Sampled(tokens[i], found.logprob, found.top, found.rank)
+        return drawn
+
+    def expected(self) -> list[Sampled]:
         n, vocab = self.logits.shape
         rows = [
             sample_row(Entry(task, 0, len(task.tokens), True, 0), task.tokens[task.n_prompt :])
             for task in self.tasks
         ]
-        drawn = Sampler(vocab, n, DEVICE).sample(self.logits.float(), rows)
-        return [row.token for row in drawn]
+        return Sampler(vocab, n, DEVICE).sample(self.logits.float(), rows)
 
     def microseconds(self) -> float:
         """Of one launch inside a captured graph of ten, the median of twenty replays."""
@@ -516,6 +523,18 @@ class SamplingRig:
         return statistics.median(times)
 
 
+def alike(a: Sampled, b: Sampled) -> bool:
+    """The same token, rank and alternatives in the same order; exp is computed in two ways."""
+    if (a.token, a.rank) != (b.token, b.rank):
+        return False
+    if a.logprob is None or b.logprob is None:
+        return a.logprob is b.logprob
+    ours, theirs = (((row.token, row.logprob), *(row.top or ())) for row in (a, b))
+    return len(ours) == len(theirs) and all(
+        x[0] == y[0] and abs(x[1] - y[1]) < 1e-4 for x, y in zip(ours, theirs)
+    )
+
+
 def check_sampling(vocab: int = 151936) -> dict[str, dict[int, float]]:
     """The graph's sampling against the general sampler, and what it takes, by kind and rows."""
     n = 64
@@ -523,7 +542,7 @@ def check_sampling(vocab: int = 151936) -> dict[str, dict[int, float]]:
         for name, asked in SAMPLING.items():
             rig = SamplingRig(n, asked, dtype, vocab)
             rig.sample()
-            same = sum(a == b for a, b in zip(rig.tokens.tolist(), rig.expected()))
+            same = sum(alike(a, b) for a, b in zip(rig.drawn(), rig.expected()))
             say(f"sampling {name}, {dtype}: {same}/{n} tokens equal the general sampler's")
             if same < n - 1:  # the two compute exp in different ways
                 raise RuntimeError(f"{name}, {dtype}: {same = } of {n}")

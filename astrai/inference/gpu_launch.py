@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,15 +10,49 @@ import torch
 from torch import Tensor
 
 from astrai.inference.runner import outcome_of, pooled
-from astrai.inference.sampler import Draws
+from astrai.inference.sampler import Draws, Sampled, checked, score_of
 from astrai.inference.task import NOTHING, Entry, Outcome, Task, TokenLogprob
+from astrai.kernels.triton.scores import WORDS, scores_of
+
+# Lines of results.
+STEPS, ENDS = 0, 1
+
+
+class Line(NamedTuple):
+    """What rows sample."""
+
+    tokens: Tensor  # int32 [n]
+    tops: Tensor  # float32 [n], the largest logit of each row
+    scores: Tensor  # int32 [n, WORDS]: see `scores_of`
+
+
+class Results(NamedTuple):
+    """What a launch samples: a line of the steps, and one of the ends of prompts."""
+
+    drawn: Tensor  # int32 [2, 2, rows]: of each line the tokens, and the largest logits (float32)
+    scores: Tensor  # int32 [2, rows, WORDS]
+
+    def line(self, which: int, n: int) -> Line:
+        """A line's first n rows."""
+        tokens, tops = self.drawn[which, :, :n].unbind(0)
+        return Line(tokens, tops.view(torch.float32), self.scores[which, :n])
+
+
+def new_results(rows: int, device: torch.device, pinned: bool = False) -> Results:
+    shapes = ((2, 2, rows), (2, rows, WORDS))
+    drawn, scores = (
+        torch.zeros(shape, dtype=torch.int32, device=device, pin_memory=pinned) for shape in shapes
+    )
+    return Results(drawn, scores)
 
 
 class Drawn(NamedTuple):
-    """What steps, or the ends of prompts, gave: pinned memory, valid once the event has passed."""
+    """Rows of a line, in pinned memory: valid once the launch's event has passed."""
 
+    places: list[int]  # entry index of each row
     tokens: np.ndarray  # int32
     tops: np.ndarray  # float32, the largest logit of each row
+    scores: np.ndarray | None  # int32 [rows, WORDS]; None: no row has log-probabilities
 
 
 class Slow(NamedTuple):
@@ -34,27 +67,23 @@ class GpuLaunch:
 
     def __init__(self, entries: Sequence[Entry], event: torch.cuda.Event | None) -> None:
         self.entries = entries
-        self.places: list[int] = []  # entry index of each result row
         self.drawn: list[Drawn] = []
         self.slow: list[Slow] = []
         self.scored: dict[int, list[TokenLogprob]] = {}
         self.hidden: dict[int, Tensor] = {}  # states of the rows of entries that pool
-        self._event = event
+        self.event = event
         self._outcomes: list[Outcome] | None = None
 
-    def point(self, results: Tensor, steps: list[int], ends: list[int]) -> None:
-        """Where in `results` (see `GpuRunner`) the rows of these entries will be found."""
-        lines = results.numpy()
-        for line, places in ((0, steps), (2, ends)):
-            if places:
-                n = len(places)
-                self.places += places
-                self.drawn.append(Drawn(lines[line, :n], lines[line + 1, :n].view(np.float32)))
+    def point(self, results: Results, line: int, places: list[int], scored: bool) -> None:
+        """Where in pinned memory the rows of the entries `places` will be found."""
+        if places:
+            tokens, tops, scores = (x.numpy() for x in results.line(line, len(places)))
+            self.drawn.append(Drawn(places, tokens, tops, scores if scored else None))
 
     def wait(self) -> list[Outcome]:
         if self._outcomes is None:
-            if self._event is not None:
-                self._event.synchronize()
+            if self.event is not None:
+                self.event.synchronize()
             self._outcomes = self._read()
             self.slow, self.scored, self.hidden = [], {}, {}
         return self._outcomes
@@ -68,7 +97,8 @@ class GpuLaunch:
 
     def _read(self) -> list[Outcome]:
         outcomes = [NOTHING] * len(self.entries)
-        self._read_fast(outcomes)
+        for line in self.drawn:
+            _read_line(line, self.entries, outcomes)
         for slow in self.slow:
             for place, drawn in zip(slow.places, slow.draws.read()):
                 outcomes[place] = outcome_of(drawn)
@@ -78,19 +108,19 @@ class GpuLaunch:
             outcomes[place] = pooled(hidden, self.entries[place])
         return outcomes
 
-    def _read_fast(self, outcomes: list[Outcome]) -> None:
-        if not self.places:
-            return
-        tokens = np.concatenate([tokens for tokens, _ in self.drawn]).tolist()
-        tops = np.concatenate([tops for _, tops in self.drawn])
-        if np.isfinite(tops).all():
-            for place, token in zip(self.places, tokens):
-                outcomes[place] = Outcome(token)
-        else:
-            for place, token, top in zip(self.places, tokens, tops.tolist()):
-                why = f"no token can be drawn: the largest logit is {top}"
-                fine = math.isfinite(top)
-                outcomes[place] = Outcome(token) if fine else Outcome(error=why)
+
+def _read_line(line: Drawn, entries: Sequence[Entry], outcomes: list[Outcome]) -> None:
+    places, tokens, tops, words = line
+    if words is None and np.isfinite(tops).all():
+        for place, token in zip(places, tokens.tolist()):
+            outcomes[place] = Outcome(token)
+        return
+    for row, (place, token, top) in enumerate(zip(places, tokens.tolist(), tops.tolist())):
+        found = Sampled(token)
+        if words is not None and entries[place].task.params.logprobs is not None:
+            score = score_of(*scores_of(words[row]))
+            found = Sampled(token, score.logprob, score.top, score.rank)
+        outcomes[place] = outcome_of(checked(found, top))
 
 
 def to_host(draws: Draws) -> Draws:

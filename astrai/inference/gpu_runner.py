@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from astrai.inference.cache.storage import KVCache
-from astrai.inference.gpu_launch import GpuLaunch, Slow, to_host
+from astrai.inference.gpu_launch import ENDS, STEPS, GpuLaunch, Slow, new_results, to_host
 from astrai.inference.gpu_model import MIXED_CHUNK, SPARE_ROWS, GpuModel, Rows
-from astrai.inference.gpu_sampling import Need, SlotEdits
+from astrai.inference.gpu_sampling import Need, SlotEdits, draw
 from astrai.inference.gpu_state import SlotState, Staging
 from astrai.inference.runner import looks_back, sample_row
 from astrai.inference.sampler import Sampler
@@ -20,7 +20,7 @@ from astrai.inference.task import Entry, Plan, Task, TokenLogprob
 from astrai.kernels.triton.elementwise import scatter
 from astrai.kernels.triton.launch import compile_ahead
 from astrai.kernels.triton.prefill_attention import TILE
-from astrai.kernels.triton.sampling import SamplingScratch, sample
+from astrai.kernels.triton.sampling import SamplingScratch
 from astrai.models.decoder import Decoder
 
 # Rows of the decode graphs: a batch runs in the next larger one. Weights cost the same for any
@@ -106,11 +106,9 @@ class GpuRunner:
             self._scratch = SamplingScratch(vocab_size, max_slots, self.device)
             self.edits = SlotEdits(vocab_size, max_slots, self.device)
             self._steps, self._chunks = self._staging()
-            # tokens and tops of steps, tokens and tops of the ends of prompts
-            self._results = torch.zeros(4, max_slots, dtype=torch.int32, device=self.device)
+            self._results = new_results(max_slots, self.device)
             self._read = [
-                torch.zeros(4, max_slots, dtype=torch.int32, pin_memory=on_gpu)
-                for _ in range(_RING)
+                new_results(max_slots, torch.device("cpu"), pinned=on_gpu) for _ in range(_RING)
             ]
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._graphs: dict[Form, _Captured] = {}
@@ -159,7 +157,7 @@ class GpuRunner:
         # Kernels are compiled for any size: the tables of edits are made when they are needed.
         edits, vocab_size = self.edits, self._scratch.vocab_size
         self.edits = SlotEdits(vocab_size, chunk.n_ends, self.device)
-        for need in (Need.HEAT, Need.LIMITS, Need.EDITS):
+        for need in (Need.HEAT, Need.LIMITS, Need.EDITS, Need.SCORES):
             self._compute(step_form(1, need))
             self._compute(chunk._replace(need=need))
         self.edits = edits
@@ -190,16 +188,24 @@ class GpuRunner:
         self._upload_steps(entries, steps)
         for each in passes:
             self._run(launch, each)
-        self._turn = (self._turn + 1) % _RING
-        results = self._read[self._turn]
-        results.copy_(self._results, non_blocking=True)
-        if event is not None:
-            event.record()
-        launch.point(results, steps, [i for i in chunks if entries[i].samples])
+        self._send_results(launch, steps, [i for i in chunks if entries[i].samples])
         for task, _, _, samples, _ in entries:
             if samples:
                 self._sampled[task.slot] = launch
         return launch
+
+    def _send_results(self, launch: GpuLaunch, steps: list[int], ends: list[int]) -> None:
+        """On their way to the host, in memory that is written again `_RING` launches later."""
+        self._turn = (self._turn + 1) % _RING
+        results = self._read[self._turn]
+        scored = self._need(launch.entries, steps + ends) is Need.SCORES
+        results.drawn.copy_(self._results.drawn, non_blocking=True)
+        if scored:
+            results.scores.copy_(self._results.scores, non_blocking=True)
+        if launch.event is not None:
+            launch.event.record()
+        launch.point(results, STEPS, steps, scored)
+        launch.point(results, ENDS, ends, scored)
 
     # ── what is computed together ───────────────────────────────────────────────────────────────
 
@@ -244,7 +250,7 @@ class GpuRunner:
                 return min(bucket, self.max_slots)
         return min(-(-n // _BUCKET_STEP) * _BUCKET_STEP, self.max_slots)
 
-    def _need(self, entries: list[Entry], places: list[int]) -> Need:
+    def _need(self, entries: Sequence[Entry], places: list[int]) -> Need:
         """What the rows that the graph samples need of it, at most."""
         needs = [self.edits.needs[entries[i].task.slot] for i in places]
         return max((need for need in needs if need is not Need.GENERAL), default=Need.HEAT)
@@ -363,22 +369,19 @@ class GpuRunner:
         else:
             logits = model.decode(steps)
         if n_steps:
-            self._sample(logits[:n_steps], steps.slots, steps.positions, 0, form.need)
+            self._draw(logits[:n_steps], steps.slots, steps.positions, STEPS, form.need)
         if n_ends:
             slots, positions = ends["end_slots"][:n_ends], ends["end_positions"][:n_ends]
-            self._sample(logits[n_steps:], slots, positions, 2, form.need)
+            self._draw(logits[n_steps:], slots, positions, ENDS, form.need)
         return logits
 
-    def _sample(
+    def _draw(
         self, logits: Tensor, slots: Tensor, positions: Tensor, line: int, need: Need
     ) -> None:
-        n, state, pdl = len(slots), self.state, self.model.pdl
-        if need is Need.EDITS:
-            logits = self.edits.edited(logits, slots, positions, state.last, pdl)
-        sample(
-            self._scratch, logits, state.temperatures, state.seeds, slots, positions, state.last,
-            self._results[line, :n], self._results[line + 1, :n].view(torch.float32),
-            None if need is Need.HEAT else state.limits, pdl,
+        out = self._results.line(line, len(slots))
+        draw(
+            self._scratch, self.edits, self.state, logits, slots, positions, out, need,
+            self.model.pdl,
         )  # fmt: skip
 
     # ── what the fast path does not do ──────────────────────────────────────────────────────────

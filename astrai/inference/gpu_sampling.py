@@ -1,4 +1,4 @@
-"""What the tasks in the slots need of the graph's sampling, and the memory of those that edit."""
+"""The graph's sampling: what the tasks in the slots need of it, and the memory of their edits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from astrai.inference.gpu_launch import Line
+from astrai.inference.gpu_state import SlotState
 from astrai.inference.sampling_params import early_ends
 from astrai.inference.task import Task
 from astrai.kernels.triton.edits import IN_PROMPT, LISTED, Edits, edit
+from astrai.kernels.triton.sampling import SamplingScratch, sample
+from astrai.kernels.triton.scores import score
 
 
 class Need(IntEnum):
@@ -20,7 +24,8 @@ class Need(IntEnum):
     HEAT = 0  # a temperature, or none
     LIMITS = 1  # top_k, top_p, min_p
     EDITS = 2  # logit_bias, penalties, min_tokens
-    GENERAL = 3  # what no graph has: logprobs, grammars, bad words, very long lists
+    SCORES = 3  # log-probabilities
+    GENERAL = 4  # what no graph has: grammars, bad words, very long lists
 
 
 class SlotEdits:
@@ -45,11 +50,12 @@ class SlotEdits:
     def seat(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
             need = self.needs[task.slot] = self._need_of(task)
-            if need is Need.EDITS:
+            edits = need is not Need.GENERAL and _edits(task)
+            if edits:
                 self._write(self._allocate(), task)
             elif self.tables is not None and self._written[task.slot]:
                 self.tables.heads[task.slot] = self._sent(np.array([0, -1], np.int32))
-            self._written[task.slot] = need is Need.EDITS
+            self._written[task.slot] = edits
 
     def edited(
         self, logits: Tensor, slots: Tensor, positions: Tensor, last: Tensor, pdl: bool
@@ -75,13 +81,17 @@ class SlotEdits:
 
     def _need_of(self, task: Task) -> Need:
         params = task.params
-        if params.logprobs is not None or params.structured is not None or task.bad_words:
+        if params.structured is not None or task.bad_words:
             return Need.GENERAL
-        if params.penalised or params.logit_bias or params.min_tokens:
+        if _edits(task):
             listed = _listed(task)
             # Ids that the model does not have are that row's error, which the sampler words.
-            fits = len(listed) <= LISTED and all(0 <= t < self._vocab_size for t in listed)
-            return Need.EDITS if fits else Need.GENERAL
+            if len(listed) > LISTED or not all(0 <= t < self._vocab_size for t in listed):
+                return Need.GENERAL
+        if params.logprobs is not None:
+            return Need.SCORES
+        if _edits(task):
+            return Need.EDITS
         return Need.LIMITS if params.truncated else Need.HEAT
 
     def _write(self, tables: Edits, task: Task) -> None:
@@ -113,6 +123,30 @@ class SlotEdits:
         return (
             x if self._device.type == "cpu" else x.pin_memory().to(self._device, non_blocking=True)
         )
+
+
+def draw(
+    scratch: SamplingScratch, edits: SlotEdits, state: SlotState, logits: Tensor, slots: Tensor,
+    positions: Tensor, out: Line, need: Need, pdl: bool,
+) -> None:  # fmt: skip
+    """A token for each row of `logits` [R, vocab_size] into `out`; no row needs more than `need`.
+
+    slots, positions: int32 [R]; see `sample`, by which positions move on.
+    """
+    edited = logits
+    if need >= Need.EDITS:
+        edited = edits.edited(logits, slots, positions, state.last, pdl)
+    sample(
+        scratch, edited, state.temperatures, state.seeds, slots, positions, state.last,
+        out.tokens, out.tops, None if need is Need.HEAT else state.limits, pdl,
+    )  # fmt: skip
+    if need is Need.SCORES:
+        score(scratch, logits, out.tokens, slots, state.asked_tops, out.scores, pdl)
+
+
+def _edits(task: Task) -> bool:
+    params = task.params
+    return params.penalised or bool(params.logit_bias) or params.min_tokens > 0
 
 
 def _listed(task: Task) -> dict[int, tuple[float, int]]:

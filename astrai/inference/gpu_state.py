@@ -20,7 +20,7 @@ class SlotState:
     """Page table, last tokens and what the sampler is asked, of every slot and one for padding.
 
         arena int32   | tables [slots + 1, width] | last [.., 2] | seeds [.., 2] | temperatures |
-                      | top_k | shares of top_p [.., 2] | min_p |
+                      | top_k | shares of top_p [.., 2] | min_p | alternatives asked + 1 |
 
     The token sampled for position p is at last[slot, p % 2]: computing a position a second time
     finds the token it was given the first time.
@@ -33,12 +33,12 @@ class SlotState:
         self.max_slots = max_slots
         self.padding_slot = max_slots
         self.width = _aligned(max_pages)
-        sizes = [rows * self.width, 2 * rows, 2 * rows, rows, rows, 2 * rows, rows]
+        sizes = [rows * self.width, 2 * rows, 2 * rows, rows, rows, 2 * rows, rows, rows]
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + _aligned(size))
-        self._last_at, self._seeds_at, self._heat_at, self._k_at, self._p_at, self._min_at = starts[
-            1:7
+        self._seeds_at, self._heat_at, self._k_at, self._p_at, self._min_at, self._tops_at = starts[
+            2:8
         ]
         self.arena = torch.zeros(starts[-1], dtype=torch.int32, device=device)
         parts = [self.arena[start:][:size] for start, size in zip(starts, sizes)]
@@ -47,6 +47,7 @@ class SlotState:
         self.seeds = parts[2].view(rows, 2)
         self.temperatures = parts[3].view(torch.float32)
         self.limits = Limits(parts[4], parts[5].view(rows, 2), parts[6].view(torch.float32))
+        self.asked_tops = parts[7]  # 0: no log-probabilities
         self._task: list[Task | None] = [None] * max_slots
         self._epoch = [-1] * max_slots
         self._n_pages = [0] * max_slots
@@ -101,6 +102,7 @@ class SlotState:
             self._heat_at + slot, _float_bits(min(params.temperature, MAX_TEMPERATURE)),
             self._k_at + slot, min(params.top_k, _INT32),
             self._min_at + slot, _float_bits(params.min_p),
+            self._tops_at + slot, 0 if params.logprobs is None else params.logprobs + 1,
         )  # fmt: skip
 
 

@@ -302,18 +302,10 @@ class Draws(NamedTuple):
 
     def read(self) -> list[Sampled]:
         """Waits for the device."""
-        peaks: list[float] = self.peaks.tolist()
         results = [Sampled(token) for token in self.tokens.tolist()]
         for i, score in zip(self.scored, (s for part in self.scores for s in part.read())):
             results[i] = Sampled(results[i].token, score.logprob, score.top, score.rank)
-        for i, peak in enumerate(peaks):
-            raw = results[i].logprob
-            if not math.isfinite(peak):
-                why = f"no token can be drawn: the largest logit is {peak}"
-                results[i] = Sampled(-1, error=why)
-            elif raw is not None and not math.isfinite(raw):
-                why = f"the log-probability of token {results[i].token} is {raw}"
-                results[i] = Sampled(-1, error=why)
+        results = [checked(row, peak) for row, peak in zip(results, self.peaks.tolist())]
         for i, why in self.errors.items():
             results[i] = Sampled(-1, error=why)
         return results
@@ -347,14 +339,29 @@ class _ScorePart(NamedTuple):
         scores = []
         read = (self.own.tolist(), self.peak.tolist(), self.mass.tolist(), self.rank.tolist())
         for n, tokens, own, peak, mass, rank in zip(self.n_top, found, *read):
-            if not (math.isfinite(peak) and mass > 0):
-                scores.append(Score(math.nan, rank, ()))
-                continue
-            log_mass = math.log(mass / self.scale)
             best = sorted(tokens, key=lambda pair: (-pair[1], pair[0]))[:n]
-            top = tuple((token, value - peak - log_mass) for token, value in best)
-            scores.append(Score(own - peak - log_mass, rank, top))
+            scores.append(score_of(own, peak, mass / self.scale, rank, best))
         return scores
+
+
+def score_of(
+    own: float, peak: float, mass: float, rank: int, best: Sequence[tuple[int, float]]
+) -> Score:
+    """From logits: the token's, the largest, the sum of exp(logit - peak), the alternatives'."""
+    if not (math.isfinite(peak) and mass > 0):
+        return Score(math.nan, rank, ())
+    log_mass = math.log(mass)
+    top = tuple((token, value - peak - log_mass) for token, value in best)
+    return Score(own - peak - log_mass, rank, top)
+
+
+def checked(row: Sampled, peak: float) -> Sampled:
+    """The row, or why it has no token; peak: its largest edited logit."""
+    if not math.isfinite(peak):
+        return Sampled(-1, error=f"no token can be drawn: the largest logit is {peak}")
+    if row.logprob is not None and not math.isfinite(row.logprob):
+        return Sampled(-1, error=f"the log-probability of token {row.token} is {row.logprob}")
+    return row
 
 
 class _Edits:

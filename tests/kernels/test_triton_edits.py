@@ -142,7 +142,8 @@ def test_a_slot_that_changes_hands_forgets_its_edits() -> None:
         ({"min_tokens": 1}, Need.EDITS),
         ({"logit_bias": {VOCAB: 1.0}}, Need.GENERAL),
         ({"logit_bias": dict.fromkeys(range(LISTED + 1), 1.0)}, Need.GENERAL),
-        ({"logprobs": 0}, Need.GENERAL),
+        ({"logprobs": 0}, Need.SCORES),
+        ({"logprobs": 0, "logit_bias": {VOCAB: 1.0}}, Need.GENERAL),
     ],
 )
 def test_what_a_task_needs(fields: dict[str, object], need: Need) -> None:

@@ -20,7 +20,7 @@ from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
 from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.task import Entry, Plan, Task, Update
+from astrai.inference.task import Entry, Plan, Task, TokenLogprob, Update
 from astrai.kernels.attention import load_backend
 from astrai.kernels.linear import DenseLinear
 from astrai.models import decoder as decoder_module
@@ -73,7 +73,8 @@ def make_tasks(n: int) -> list[Task]:
 
 def run(
     decoder: Decoder, kind: str, n_pages: int, tasks: list[Task], budget: int = BUDGET
-) -> tuple[list[Task], Scheduler]:
+) -> tuple[list[Task], Scheduler, dict[int, list[TokenLogprob]]]:
+    """The tasks when all have ended, their scheduler, and by task what was said of each token."""
     c = decoder.config
     kv = KVCache(c.n_layers, n_pages, 16, c.n_kv_heads, c.head_dim, torch.float32)
     events = EventLog()
@@ -95,7 +96,10 @@ def run(
         engine.step()
     assert engine.idle
     scheduler.check()
-    return tasks, scheduler
+    scored: dict[int, list[TokenLogprob]] = {}
+    for update in ends:
+        scored.setdefault(update.task.id, []).extend(update.logprobs)
+    return tasks, scheduler, scored
 
 
 def check_same(expected: list[Task], found: list[Task]) -> None:
@@ -105,9 +109,13 @@ def check_same(expected: list[Task], found: list[Task]) -> None:
 
 def test_same_tokens_as_the_plain_runner(decoder: Decoder) -> None:
     """Chunked prefill, prefix hits, windows, and every kind of sampling."""
-    expected, _ = run(decoder, "plain", 40, make_tasks(7))
-    found, _ = run(decoder, "gpu", 40, make_tasks(7))
+    expected, _, theirs = run(decoder, "plain", 40, make_tasks(7))
+    found, _, ours = run(decoder, "gpu", 40, make_tasks(7))
     check_same(expected, found)
+    assert len(theirs[4]) == found[4].n_output
+    for x, y in zip(theirs[4], ours[4], strict=True):
+        assert (x.token, x.rank, [t for t, _ in x.top]) == (y.token, y.rank, [t for t, _ in y.top])
+        assert x.logprob == pytest.approx(y.logprob, abs=1e-3)
     for a, b in zip(expected[4].prompt_logprobs, found[4].prompt_logprobs, strict=True):
         assert a.token == b.token and a.logprob == pytest.approx(b.logprob, abs=1e-3)
 
@@ -124,8 +132,10 @@ def test_steps_and_short_chunks_share_a_pass(
         prompts.append(common[:16] + rng.choices(range(300), k=5))
         made = []
         for i, prompt in enumerate(prompts):
-            params = SamplingParams(max_tokens=8, logprobs=1 if i == 0 else None)
-            made.append(Task(i, str(i), prompt, params, 8, seed=i))
+            words = ((5,), (6, 7)) if i == 0 else ()
+            made.append(
+                Task(i, str(i), prompt, SamplingParams(max_tokens=8), 8, i, bad_words=words)
+            )
         return made
 
     shared: list[tuple[list[Entry], list[Entry]]] = []
@@ -137,12 +147,12 @@ def test_steps_and_short_chunks_share_a_pass(
             shared.append((steps, chunks))
         inner(self, launch, each)
 
-    expected, _ = run(decoder, "plain", 40, tasks(), budget=32)
+    expected, *_ = run(decoder, "plain", 40, tasks(), budget=32)
     monkeypatch.setattr(GpuRunner, "_run", spied)
-    found, _ = run(decoder, "gpu", 40, tasks(), budget=32)
+    found, *_ = run(decoder, "gpu", 40, tasks(), budget=32)
     check_same(expected, found)
     assert any(
-        any(step.task.params.logprobs for step in steps)
+        any(step.task.bad_words for step in steps)
         and {chunk.samples for chunk in chunks} == {True, False}
         for steps, chunks in shared
     )
@@ -154,8 +164,8 @@ def test_preemption_changes_no_token(decoder: Decoder) -> None:
         params = SamplingParams(max_tokens=8, top_p=0.9, frequency_penalty=1.0)
         return [Task(i, str(i), [i] * 14, params, 8, seed=i) for i in range(3)]
 
-    expected, _ = run(decoder, "plain", 40, tasks())
-    found, scheduler = run(decoder, "gpu", 4, tasks())
+    expected, *_ = run(decoder, "plain", 40, tasks())
+    found, scheduler, _ = run(decoder, "gpu", 4, tasks())
     assert scheduler.n_preemptions > 0
     check_same(expected, found)
 
@@ -177,9 +187,9 @@ def test_a_launch_that_fails_costs_no_token(
             raise RuntimeError("the launch failed")
         return launch(self, plan)
 
-    expected, _ = run(decoder, "plain", 40, tasks())
+    expected, *_ = run(decoder, "plain", 40, tasks())
     monkeypatch.setattr(GpuRunner, "_launch", breaks)
-    found, _ = run(decoder, "gpu", 40, tasks())
+    found, *_ = run(decoder, "gpu", 40, tasks())
     assert failed
     check_same(expected, found)
 
@@ -195,8 +205,8 @@ def test_pooled_states_are_those_of_the_plain_runner(decoder: Decoder) -> None:
             made.append(Task(i, str(i), rng.choices(range(300), k=33), params, 0, seed=i))
         return made
 
-    expected, _ = run(decoder, "plain", 40, tasks())
-    found, _ = run(decoder, "gpu", 40, tasks())
+    expected, *_ = run(decoder, "plain", 40, tasks())
+    found, *_ = run(decoder, "gpu", 40, tasks())
     check_same(expected, found)
     for a, b in zip(expected, found, strict=True):
         assert len(a.pooled) == len(b.pooled)

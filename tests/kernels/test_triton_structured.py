@@ -60,8 +60,8 @@ def tasks() -> list[Task]:
 @pytest.mark.parametrize("n_pages", [40, 4])
 def test_same_tokens_as_the_plain_runner(decoder: Decoder, n_pages: int) -> None:
     """One launch is unread when the next is planned; with few pages, tasks are preempted."""
-    expected, _ = run(decoder, "plain", 40, tasks())
-    found, scheduler = run(decoder, "gpu", n_pages, tasks())
+    expected, *_ = run(decoder, "plain", 40, tasks())
+    found, scheduler, _ = run(decoder, "gpu", n_pages, tasks())
     check_same(expected, found)
     assert n_pages == 40 or scheduler.n_preemptions > 0
     assert [task.finish_reason for task in found[1::2]] == ["stop"] * 3

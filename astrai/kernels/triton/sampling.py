@@ -34,7 +34,7 @@ from astrai.kernels.triton.truncation import Limits, TruncationScratch, find_lev
 
 
 class SamplingScratch:
-    """Owns the per-chunk partial results of `sample`."""
+    """Owns the per-chunk partial results of `sample` and `score`."""
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
@@ -45,6 +45,7 @@ class SamplingScratch:
         self.peaks = torch.empty(shape, dtype=torch.float32, device=device)
         self.best = torch.empty(shape, dtype=torch.int32, device=device)
         self.masses = torch.empty(shape, dtype=torch.int64, device=device)
+        self.above = torch.empty(shape, dtype=torch.int32, device=device)
         self.truncation = TruncationScratch(self.n_chunks, max_rows, device)
 
 
