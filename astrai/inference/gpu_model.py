@@ -30,9 +30,6 @@ from astrai.models.decoder import Decoder
 
 # Rows of logits beside one for every slot.
 SPARE_ROWS = 64
-# Up to this many prompt positions share the pass of a tick's steps: reading the weights outweighs
-# computing, and one pass reads them once.
-MIXED_CHUNK = 256
 
 
 class Rows(NamedTuple):
@@ -295,18 +292,18 @@ class GpuModel:
 def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chunk: int) -> int:
     """Device memory of activations beside weights and pages, with prefill at its largest.
 
-    Decode's buffers, a prefill of `max_chunk` rows and all logits; scratch of the samplers
-    included, graphs (some MiB each) and the allocator's rounding not.
+    Decode's buffers, a prefill of `max_chunk` rows with a step of every slot beside it, and all
+    logits; scratch of the samplers included, graphs (some MiB each) and the allocator's rounding
+    not.
     """
     widths = _widths(config)
     step = sum(widths.values())
     chunk = step + widths["attended"]  # queries stand beside what they attended
-    rows = max(max_chunk, max_slots + MIXED_CHUNK)
     logits = (max_slots + SPARE_ROWS) * config.vocab_size
     scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size + 4 * _part_numbers(config)
     scratch += 4 * max_slots * (ROOM + config.vocab_size // BLOCK)
     scratch += edit_bytes(config.vocab_size, max_slots)
-    return itemsize * (max_slots * step + rows * chunk + logits) + scratch
+    return itemsize * (max_slots * step + (max_chunk + max_slots) * chunk + logits) + scratch
 
 
 def _widths(c: ModelConfig) -> dict[str, int]:

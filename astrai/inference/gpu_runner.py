@@ -11,7 +11,7 @@ from torch import Tensor
 
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.gpu_launch import ENDS, STEPS, GpuLaunch, Slow, new_results, to_host
-from astrai.inference.gpu_model import MIXED_CHUNK, SPARE_ROWS, GpuModel, Rows
+from astrai.inference.gpu_model import SPARE_ROWS, GpuModel, Rows
 from astrai.inference.gpu_sampling import Need, SlotEdits, draw
 from astrai.inference.gpu_state import SlotState, Staging
 from astrai.inference.runner import looks_back, sample_row
@@ -32,6 +32,9 @@ _BUCKET_STEP = 32
 _CHUNK_BUCKETS = (32, 64, 128, 256, 384, 512, 768, 1024)
 _LAUNCH_SECONDS, _FLOPS_PER_SECOND = 300e-6, 600e12
 _CHUNK_ENDS = 8  # prompts of a prefill graph
+# Up to this many prompt positions of a graph share the pass of a tick's steps, and the weights are
+# read once for both.
+_MIXED_CHUNK = 256
 # Changes of slot state that fit the staging memory; more go in a copy of their own.
 _CHANGES = 8192
 # Launches whose results may be unread, and one more that is being written.
@@ -68,11 +71,12 @@ class _Pass(NamedTuple):
 
 
 class GpuRunner:
-    """Runs plans without waiting: uploads what changed, then one graph for steps and short chunks.
+    """Runs plans without waiting: uploads what changed, then one pass for steps and chunks.
 
-    Long chunks go before the steps, and those that no graph is for kernel by kernel. Everything is
-    ordered by one stream. A token that the host has not read yet is taken from the slot state,
-    where the launch before this one left it.
+    A pass is a graph, or launched kernel by kernel where its chunks are too many or too long for
+    one. Chunks of a middle length are a graph of their own before that of the steps: graphs for
+    every pair would be too many. Everything is ordered by one stream. A token that the host has not
+    read yet is taken from the slot state, where the launch before this one left it.
 
     Owns the stream, graphs, slot state and staging memory, and the model's scratch. Does not own
     tasks or the books: it reads page tables and tokens of the tasks in the plan, in the owner
@@ -210,14 +214,14 @@ class GpuRunner:
     # ── what is computed together ───────────────────────────────────────────────────────────────
 
     def _passes(self, entries: list[Entry], steps: list[int], chunks: list[int]) -> list[_Pass]:
-        """Chunks join the steps if they are few and short, else go before them."""
+        """Chunks join the steps, unless they are long enough for a graph of their own."""
         n_rows = sum(entries[i].n for i in chunks)
         if n_rows > self.max_chunk:
             raise ValueError(f"{n_rows} prefill positions in a plan, expected <= {self.max_chunk}")
         bucket = 0
         if 0 < len(chunks) <= _CHUNK_ENDS and not any(_scored(entries[i]) for i in chunks):
             bucket = next((b for b in self._chunk_buckets if n_rows <= b), 0)
-        if steps and 0 < bucket <= MIXED_CHUNK:
+        if steps and chunks and bucket <= _MIXED_CHUNK:
             return [self._pass(entries, steps, chunks, bucket)]
         passes = [self._pass(entries, [], chunks, bucket)] if chunks else []
         return passes + ([self._pass(entries, steps, [], 0)] if steps else [])
