@@ -450,7 +450,7 @@ SAMPLING: dict[str, list[dict[str, Any]]] = {
         {"logit_bias": dict.fromkeys(range(300), 5.0), "min_tokens": 90, "stop_token_ids": [7]},
         {"frequency_penalty": 1.1, "temperature": 0.0, "logit_bias": {5: -3.0, 6: 30.0}},
     ],
-    "logprobs": [{"logprobs": n, "frequency_penalty": n / 9} for n in (0, 1, 5, 20)],
+    "logprobs": [{"logprobs": n, "frequency_penalty": n / 10} for n in (0, 1, 5, 20)],
 }
 
 
