@@ -133,7 +133,7 @@ def engine_config(
         int, typer.Option(help="Ticks of waiting that outweigh one step of priority.")
     ] = _DEFAULT.ageing_ticks,
     group_decode: Annotated[
-        GroupDecodeFlag, typer.Option(help="What decode steps share one matmul (CPU).")
+        GroupDecodeFlag, typer.Option(help="What decode steps share one matmul (attention cpu).")
     ] = _DEFAULT_GROUPS,
     prefix_cache: Annotated[
         bool, typer.Option(help="Share the pages of equal prompt starts.")

@@ -43,7 +43,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: the model's own, or the pool's if that is less
     prefill_budget: int | None = None  # prompt tokens a tick; None: 512 on a CPU, 8192 on a GPU
     ageing_ticks: int = 256
-    group_decode: GroupDecode = "length"  # on a CPU; a GPU takes ragged lengths as they are
+    group_decode: GroupDecode = "length"  # of attention "cpu"; others take ragged lengths as is
     prefix_cache: bool = True
     batching: Batching = "continuous"  # static is there to be measured
     attention: str = "auto"  # a backend of kernels/attention; auto: by device

@@ -1,4 +1,5 @@
-"""What grouping the decode steps gives: W-CPU, and one with every task at the same position.
+"""What grouping the decode steps gives where attention is matmuls (backend `cpu`): W-CPU, and one
+workload with every task at the same position.
 
 Rounds run every kind of grouping once, in turn; the medians of the ratios to `off` count.
 """
@@ -18,7 +19,9 @@ def main(argv: Sequence[str]) -> None:
     options = with_model(parser("grouping", __doc__))
     options.add_argument("--rounds", type=int, default=3)
     args = options.parse_args(argv)
-    engines = {kind: load(args, group_decode=kind, prefix_cache=False) for kind in KINDS}
+    engines = {
+        kind: load(args, attention="cpu", group_decode=kind, prefix_cache=False) for kind in KINDS
+    }
     tokenizer = engines["off"].tokenizer
     rng = random.Random(args.seed)
     workloads = {

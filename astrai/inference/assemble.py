@@ -21,7 +21,7 @@ from astrai.inference.recorder import record
 from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
 from astrai.inference.scheduler import Scheduler
-from astrai.kernels.attention import load_backend
+from astrai.kernels.attention import cpu_backend, load_backend
 from astrai.models.config import ModelConfig
 from astrai.models.loading import LoadedModel, load_model
 
@@ -43,7 +43,7 @@ def assemble(config: EngineConfig, deliver: Deliver) -> Assembled:
         config.model, config.dtype, config.device, config.load_format, seed=config.seed
     )
     on_gpu = loaded.decoder.device.type == "cuda"
-    config, slots, chunk = _decided(config, on_gpu)
+    config, slots, chunk = _decided(config, loaded)
     workspace = _workspace(loaded, slots, chunk) if on_gpu else 0
     n_pages = _n_pages(config, loaded, slots, workspace)
     max_model_len = _max_model_len(config, loaded.config, n_pages)
@@ -97,13 +97,19 @@ class _Decided(NamedTuple):
     prefill_budget: int
 
 
-def _decided(config: EngineConfig, on_gpu: bool) -> _Decided:
-    """What None means on this device."""
+def _decided(config: EngineConfig, loaded: LoadedModel) -> _Decided:
+    """What None and "auto" mean on this device."""
+    on_gpu = loaded.decoder.device.type == "cuda"
     slots = config.max_slots or (256 if on_gpu else 8)
     chunk = config.prefill_budget or (8192 if on_gpu else 512)
-    # A GPU's attention takes ragged lengths: groups would cost the host and give nothing.
-    groups = "off" if on_gpu else config.group_decode
-    config = replace(config, max_slots=slots, prefill_budget=chunk, group_decode=groups)
+    attention = config.attention
+    if attention == "auto" and not on_gpu:
+        attention = cpu_backend(loaded.dtype, config.page_size, loaded.config.head_dim)
+    # Only matmuls need rows of equal lengths: elsewhere groups would cost the host for nothing.
+    groups = config.group_decode if attention == "cpu" else "off"
+    config = replace(
+        config, max_slots=slots, prefill_budget=chunk, attention=attention, group_decode=groups
+    )
     return _Decided(config, slots, chunk)
 
 
@@ -130,8 +136,7 @@ def _make_runner(
         runner = GpuRunner(decoder, kv, sampler, slots, chunk, max_model_len)
         runner.warm()
         return runner
-    name = "cpu" if config.attention == "auto" else config.attention
-    return Runner(decoder, kv, load_backend(name)(kv, loaded.config), sampler)
+    return Runner(decoder, kv, load_backend(config.attention)(kv, loaded.config), sampler)
 
 
 def _allocate(config: EngineConfig, loaded: LoadedModel, n_pages: int) -> KVCache:

@@ -20,6 +20,11 @@ class _Held(threading.local):
 _held = _Held()
 
 
+def n_together() -> int:
+    """Threads of `together` in this thread."""
+    return _held.n or torch.get_num_threads()
+
+
 class alone:
     """While entered, operations of this thread are not shared, except `together`."""
 

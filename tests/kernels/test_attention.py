@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from astrai.inference.cache.storage import KVCache
 from astrai.kernels.attention import AttentionBatch, load_backend
 from astrai.kernels.attention.cpu import CpuAttention
-from astrai.kernels.attention.reference import ReferenceAttention
 from tests.kernels.harness import SHAPES, make_config, random_groups
 
 
@@ -29,8 +28,11 @@ def make_cache(shape: str, page_size: int, n_pages: int, dtype: torch.dtype) -> 
     page_size=st.sampled_from([16, 32, 64, 128]),
 )
 @settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("backend", ["cpu", "numba"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpu_equals_reference(dtype: torch.dtype, seed: int, shape: str, page_size: int) -> None:
+def test_equals_reference(
+    dtype: torch.dtype, backend: str, seed: int, shape: str, page_size: int
+) -> None:
     rng = random.Random(seed)
     config = make_config(shape)
     n = rng.randint(1, 6)
@@ -47,9 +49,9 @@ def test_cpu_equals_reference(dtype: torch.dtype, seed: int, shape: str, page_si
     ).to(dtype)
     q, k, v = rows.split((config.n_heads, config.n_kv_heads, config.n_kv_heads), dim=1)
     results = []
-    for backend in (ReferenceAttention, CpuAttention):
+    for name in ("reference", backend):
         kv = make_cache(shape, page_size, sum(need) + 2, dtype)
-        attention = backend(kv, config)
+        attention = load_backend(name)(kv, config)
         attention.plan(batch)
         results.append((attention.run(1, q, k, v), kv.pages))
     (expected, pages), (found, found_pages) = results
@@ -74,7 +76,7 @@ def test_same_position_group_equals_each_alone() -> None:
         assert torch.equal(result, results[0])
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "numba"])
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -93,7 +95,7 @@ def test_bad_batches_are_refused(name: str, batch: AttentionBatch, message: str)
 
 
 def test_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"'abacus'.*'cpu', 'reference'"):
+    with pytest.raises(ValueError, match=r"'abacus'.*'cpu', 'numba', 'reference'"):
         load_backend("abacus")
 
 

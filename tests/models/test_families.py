@@ -56,7 +56,7 @@ def logits_through_pages(
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "numba"])
 @pytest.mark.parametrize("way", WAYS)
 def test_same_logits_as_transformers(
     family: tuple[LoadedModel, torch.Tensor, torch.Tensor], way: str, backend: str

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from astrai.inference.cache.storage import KVCache
@@ -49,6 +50,7 @@ class AttentionBackend(Protocol):
 BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("astrai.kernels.attention.reference", "ReferenceAttention"),
     "cpu": ("astrai.kernels.attention.cpu", "CpuAttention"),
+    "numba": ("astrai.kernels.attention.numba", "NumbaAttention"),
     "triton": ("astrai.kernels.attention.triton", "TritonAttention"),
 }
 
@@ -59,6 +61,15 @@ def load_backend(name: str) -> type[AttentionBackend]:
     module, attribute = BACKENDS[name]
     backend: type[AttentionBackend] = getattr(importlib.import_module(module), attribute)
     return backend
+
+
+def cpu_backend(dtype: torch.dtype, page_size: int, head_dim: int) -> str:
+    """The name of the fastest backend of the CPU for such a cache."""
+    try:
+        from astrai.kernels.attention.numba import refusal
+    except ImportError:  # Numba does not come with every system
+        return "cpu"
+    return "cpu" if refusal(dtype, page_size, head_dim) else "numba"
 
 
 def check_batch(batch: AttentionBatch, page_size: int) -> None:
