@@ -8,11 +8,15 @@ from torch import Tensor
 
 
 class RmsNorm:
-    """x / sqrt(mean(x²) + eps) * weight, over the last dimension, in the dtype of x."""
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension, in the dtype of x.
+
+    `exact` is the weight in float32.
+    """
 
     def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype) -> None:
         self.eps = eps
         self.weight = weight.to(dtype)
+        self.exact = weight.float()
         self._mirrors = weight.device.type == "cpu"
         if self._mirrors:
             self._twice = torch.stack((self.weight, self.weight))

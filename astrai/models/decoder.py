@@ -18,14 +18,12 @@ from astrai.kernels.linear import (
     stacked,
 )
 from astrai.kernels.norm import RmsNorm
+from astrai.kernels.rowwise import rows_of
 from astrai.kernels.threads import alone
 from astrai.models.config import ModelConfig
 
 # The likeliest tokens of a row, whose logits are computed in float32.
 _SHARPENED = 8
-
-# Elements from which on PyTorch shares an elementwise operation among threads.
-_SHARED_ELEMENTS = 32_768
 
 # Hidden states, in elements, up to which a step is too small to share anything but its products
 # (measured on two cores: 5 % of a decode step of 8 rows, and far more when others want the cores).
@@ -46,16 +44,11 @@ class Layer(NamedTuple):
     down: Linear
 
 
-class _Rope(NamedTuple):
-    cos: Tensor  # [T, n_heads + n_kv_heads, head_dim]
-    sin: Tensor  # the same, its first half negated
-
-
 class Decoder:
     """From token ids and positions to hidden states and logits.
 
-    Owns the weights, packed for the device, and the rope tables. Owns no page: attention over
-    them is the caller's `attend`. `weights` has the names of a Hugging Face checkpoint and is
+    Owns the weights, packed for the device, and the row-wise operations. Owns no page: attention
+    over them is the caller's `attend`. `weights` has the names of a Hugging Face checkpoint and is
     emptied while packing, so that the model is not in memory twice.
     """
 
@@ -100,7 +93,7 @@ class Decoder:
             tied = config.tie_embeddings
             self.head = make_linear(self.embedding) if tied else linear("lm_head")
             self._sharpens = tied and self.device.type == "cpu" and dtype != torch.float32
-            self._cos, self._sin = _rope_tables(config, self.device, dtype)
+            self._rows = rows_of(config, dtype, self.device)
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids, positions int64 [T] -> hidden states after the final norm [T, hidden_size].
@@ -110,25 +103,20 @@ class Decoder:
         """
         c = self.config
         shape = (-1, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
-        sizes = (c.n_heads, c.n_kv_heads)
+        rows = self._rows
+        added: Tensor | None = None
         few = self.device.type == "cpu" and positions.numel() * c.hidden_size <= _FEW_ELEMENTS
         with torch.inference_mode(), alone(few):
-            rope = self._rope_at(positions)
+            rows.begin(positions)
             hidden = F.embedding(ids, self.embedding).float()
             for i, layer in enumerate(self.layers):
-                x = layer.input_norm(hidden).to(self.dtype)
-                qk, v = layer.qkv(x).view(shape).split_with_sizes((sum(sizes), sizes[1]), 1)
-                if layer.q_norm is not None and layer.k_norm is not None:
-                    q, k = qk.split_with_sizes(sizes, 1)
-                    qk = torch.cat((layer.q_norm(q), layer.k_norm(k)), dim=1)
-                if c.layer_rope[i]:
-                    qk = _rotate(qk, rope)
-                q, k = qk.split_with_sizes(sizes, 1)
-                hidden.add_(layer.output(attend(i, q, k, v)))
-                x = layer.mlp_norm(hidden).to(self.dtype)
-                gate, up = layer.gate_up(x).chunk(2, 1)
-                hidden.add_(layer.down(_silu(gate).mul_(up)))
-            return self.norm(hidden)
+                x = rows.add_norm(hidden, added, layer.input_norm)
+                qkv = layer.qkv(x).view(shape)
+                q, k, v = rows.turn(qkv, layer.q_norm, layer.k_norm, c.layer_rope[i])
+                added = layer.output(attend(i, q, k, v))
+                x = rows.add_norm(hidden, added, layer.mlp_norm)
+                added = layer.down(rows.gate(layer.gate_up(x)))
+            return self.norm(hidden if added is None else hidden.add_(added))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] -> float32 [R, vocab_size]."""
@@ -173,15 +161,6 @@ class Decoder:
         layers = [part for layer in self.layers for part in layer if part is not None]
         return [*layers, self.norm, self.head]
 
-    def _rope_at(self, positions: Tensor) -> _Rope:
-        # Laid out for every head: the multiplications of all layers then run over whole rows.
-        heads = self.config.n_heads + self.config.n_kv_heads
-        cos, sin = (
-            table[positions][:, None].expand(-1, heads, -1).contiguous()
-            for table in (self._cos, self._sin)
-        )
-        return _Rope(cos, sin)
-
 
 def _pack_layer(
     prefix: str,
@@ -201,33 +180,3 @@ def _pack_layer(
         gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
         down=linear(f"{mlp}.down_proj"),
     )
-
-
-def _rope_tables(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_positions, head_dim], the first half of sin negated."""
-    inverse, factor = config.rope.frequencies(config.head_dim)
-    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inverse)
-    cos, sin = angles.cos() * factor, angles.sin() * factor
-    return (
-        torch.cat((cos, cos), dim=1).to(device=device, dtype=dtype),
-        torch.cat((-sin, sin), dim=1).to(device=device, dtype=dtype),
-    )
-
-
-def _silu(x: Tensor) -> Tensor:
-    """silu of x [T, size], each row the same whatever T is.
-
-    Two threads share a larger tensor at some element in the middle of a row, and the few elements
-    before that border get another kernel's exponential. Smaller pieces are never shared.
-    """
-    if x.device.type != "cpu" or x.numel() <= _SHARED_ELEMENTS:
-        return F.silu(x)
-    return torch.cat([F.silu(part) for part in x.split(max(1, _SHARED_ELEMENTS // x.shape[1]))])
-
-
-def _rotate(x: Tensor, rope: _Rope) -> Tensor:
-    """x [T, heads, head_dim]: (a, b) of each head becomes (a cos - b sin, b cos + a sin)."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * rope.cos).addcmul_(swapped, rope.sin)

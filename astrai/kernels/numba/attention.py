@@ -93,9 +93,9 @@ def _prefetch(address: int, n_bytes: int) -> None:
 
 
 @njit(**_INLINE)
-def _exp2(x: Any) -> Any:
-    """2**x of x <= 0, to 2e-7; 0 below -127. Polynomial of Cephes' exp2f."""
-    x = larger(splat(np.float32(-127.0)), x)
+def exp2(x: Any) -> Any:
+    """2**x of x < 127, to 2e-7; 0 below -127, NaN of NaN. Polynomial of Cephes' exp2f."""
+    x = larger(x, splat(np.float32(-127.0)))
     whole = nearest(x)
     r = sub(x, whole)
     y = splat(np.float32(1.535336188319500e-4))
@@ -148,7 +148,7 @@ def _soften(scores: int, begin: int, end: int, scale: float) -> float:
     factor, shift = splat(scale), splat(-scale * top)
     mass = splat(np.float32(0.0))
     for j in range(0, n, LANES):
-        e = _exp2(fma(load(scores + 4 * j), factor, shift))
+        e = exp2(fma(load(scores + 4 * j), factor, shift))
         store(scores + 4 * j, e)
         mass = add(mass, e)
     return total(mass)

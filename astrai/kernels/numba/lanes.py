@@ -163,6 +163,11 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 
 
+def _smaller(builder: Any, a: Any, b: Any) -> Any:
+    """b where it is smaller, else a, so also where one of them is NaN."""
+    return builder.select(builder.fcmp_ordered("<", b, a), b, a)
+
+
 def _power_of_two(builder: Any, exponent: Any) -> Any:
     """Of whole numbers in [-127, 127]; of -127 it is 0."""
     whole = builder.fptosi(exponent, _INTS)
@@ -248,7 +253,8 @@ splat, total = unary(_v, _f, _splat), unary(_f, _v, _total)
 add = binary(_v, (_v, _v), lambda b, x, y: b.fadd(x, y))
 sub = binary(_v, (_v, _v), lambda b, x, y: b.fsub(x, y))
 mul = binary(_v, (_v, _v), lambda b, x, y: b.fmul(x, y))
-larger = binary(_v, (_v, _v), _larger)
+div = binary(_v, (_v, _v), lambda b, x, y: b.fdiv(x, y))
+larger, smaller = binary(_v, (_v, _v), _larger), binary(_v, (_v, _v), _smaller)
 fma = ternary(_v, (_v, _v, _v), _fused)  # x * y + z, rounded once
 nearest = unary(_v, _v, _of_vectors("llvm.rint", 1))
 power_of_two = unary(_v, _v, _power_of_two)
