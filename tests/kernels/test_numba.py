@@ -136,6 +136,21 @@ def test_caches_that_it_cannot_read_are_refused() -> None:
         NumbaAttention(KVCache(1, 1, 24, 2, 16, torch.float32), config)
 
 
+def test_what_the_kernels_would_misread_is_refused() -> None:
+    config, kv = make_config("window"), new_cache(2)
+    backend = NumbaAttention(kv, config)
+    with pytest.raises(ValueError, match=r"tables = \[1, 2\], expected frames in \[0, 2\)"):
+        backend.plan(AttentionBatch([20], [1], [[1, 2]], []))
+    backend.plan(AttentionBatch([20], [1], [[1, 0]], []))
+    q, k = torch.zeros(1, 4, 16), torch.zeros(1, 2, 16)
+    with pytest.raises(ValueError, match=r"q: .*torch.bfloat16, expected torch.float32"):
+        backend.run(0, q.bfloat16(), k, k)
+    with pytest.raises(ValueError, match=r"k: .*expected torch.float32, 1 rows"):
+        backend.run(0, q, torch.zeros(1, 16, 2).mT, k)
+    with pytest.raises(ValueError, match=r"v: .*\[2, 2, 16\]"):
+        backend.run(0, q, k, torch.zeros(2, 2, 16))
+
+
 def test_the_default_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_backend(torch.bfloat16, 64, 128) == "numba"
     assert cpu_backend(torch.float16, 64, 128) == "cpu"

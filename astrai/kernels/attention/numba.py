@@ -64,6 +64,9 @@ class NumbaAttention:
             tables += table
         # Kept: the call holds their addresses.
         self._rows = [np.array(x, np.int64) for x in (positions, first_pages, tables)]
+        frames = self._rows[2]
+        if frames.min() < 0 or frames.max() >= self.kv.n_pages:
+            raise ValueError(f"{tables = }, expected frames in [0, {self.kv.n_pages})")
         call, longest = self._call, max(positions) + 1
         for name, array in zip(("positions", "first_pages", "tables"), self._rows):
             call[name] = array.ctypes.data
@@ -77,9 +80,15 @@ class NumbaAttention:
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(self._n_rows, self.config.n_heads * self.config.head_dim)
-        call, size = self._call, q.element_size()
+        call, kv = self._call, self.kv
         for name, x in (("q", q), ("k", k), ("v", v)):
-            call[name], call[f"{name}_stride"] = x.data_ptr(), x.stride(0) * size
+            row, *within = x.stride()
+            if within != [kv.head_dim, 1] or len(x) != self._n_rows or x.dtype != kv.dtype:
+                raise ValueError(
+                    f"{name}: {x.shape = }, {x.stride() = }, {x.dtype = }, expected {kv.dtype}, "
+                    f"{self._n_rows} rows of heads that follow each other"
+                )
+            call[name], call[f"{name}_stride"] = x.data_ptr(), row * kv.dtype.itemsize
         call["out"], call["pages"] = out.data_ptr(), self._pages[layer]
         call["window"] = self.config.layer_windows[layer] or 0
         self._counters[:] = 0
