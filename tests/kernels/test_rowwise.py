@@ -102,6 +102,12 @@ def test_rows_with_gaps_are_refused() -> None:
         rows.gate(numbers(T, 320)[:, ::2])
 
 
+def test_a_position_that_no_table_has_is_refused() -> None:
+    _, rows = both(torch.float32)
+    with pytest.raises(ValueError, match=r"2048.*expected < 2048"):
+        rows.begin(torch.tensor([0, 2048]))
+
+
 def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(config: ModelConfig, dtype: torch.dtype) -> type[Rows]:
         return type(rows_of(config, dtype, CPU))

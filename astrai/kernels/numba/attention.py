@@ -71,12 +71,23 @@ def scratch_bytes(share: int, head_dim: int, n_positions: int) -> int:
 
 
 @njit(**_INLINE)
+def read(address: int, size: int) -> Any:
+    """16 numbers of `size` bytes: 2, bfloat16, or 4, float32."""
+    return load_short(address) if size == 2 else load(address)
+
+
+@njit(**_INLINE)
+def write(address: int, size: int, value: Any) -> None:
+    if size == 2:
+        store_short(address, value)
+    else:
+        store(address, value)
+
+
+@njit(**_INLINE)
 def _copy(source: int, target: int, n: int, size: int) -> None:
     for i in range(0, n * size, LANES * size):
-        if size == 2:
-            store_short(target + i, load_short(source + i))
-        else:
-            store(target + i, load(source + i))
+        write(target + i, size, read(source + i, size))
 
 
 @njit(**_INLINE)
@@ -162,14 +173,9 @@ def _weigh(weights: int, values: int, n: int, dim: int, size: int, sums: int) ->
         a0, a1 = load(sums + 4 * d), load(sums + 4 * d + 64)
         a2, a3 = load(sums + 4 * d + 128), load(sums + 4 * d + 192)
         for j in range(n):
-            w = splat(load_one(weights + 4 * j))
-            at = values + (j * dim + d) * size
-            if size == 2:
-                a0, a1 = fma(w, load_short(at), a0), fma(w, load_short(at + 32), a1)
-                a2, a3 = fma(w, load_short(at + 64), a2), fma(w, load_short(at + 96), a3)
-            else:
-                a0, a1 = fma(w, load(at), a0), fma(w, load(at + 64), a1)
-                a2, a3 = fma(w, load(at + 128), a2), fma(w, load(at + 192), a3)
+            w, at = splat(load_one(weights + 4 * j)), values + (j * dim + d) * size
+            a0, a1 = fma(w, read(at, size), a0), fma(w, read(at + 16 * size, size), a1)
+            a2, a3 = fma(w, read(at + 32 * size, size), a2), fma(w, read(at + 48 * size, size), a3)
         store(sums + 4 * d, a0)
         store(sums + 4 * d + 64, a1)
         store(sums + 4 * d + 128, a2)
@@ -177,8 +183,7 @@ def _weigh(weights: int, values: int, n: int, dim: int, size: int, sums: int) ->
     for d in range(whole, dim, LANES):
         a0 = load(sums + 4 * d)
         for j in range(n):
-            at = values + (j * dim + d) * size
-            value = load_short(at) if size == 2 else load(at)
+            value = read(values + (j * dim + d) * size, size)
             a0 = fma(splat(load_one(weights + 4 * j)), value, a0)
         store(sums + 4 * d, a0)
 
@@ -197,11 +202,8 @@ def _weigh_pair(
         for j in range(n):
             a, b = splat(load_one(weights + 4 * j)), splat(load_one(weights + stride + 4 * j))
             at = values + (j * dim + d) * size
-            if size == 2:
-                v0, v1 = load_short(at), load_short(at + 32)
-                v2, v3 = load_short(at + 64), load_short(at + 96)
-            else:
-                v0, v1, v2, v3 = load(at), load(at + 64), load(at + 128), load(at + 192)
+            v0, v1 = read(at, size), read(at + 16 * size, size)
+            v2, v3 = read(at + 32 * size, size), read(at + 48 * size, size)
             a0, b0 = fma(a, v0, a0), fma(b, v0, b0)
             a1, b1 = fma(a, v1, a1), fma(b, v1, b1)
             a2, b2 = fma(a, v2, a2), fma(b, v2, b2)
@@ -230,8 +232,7 @@ def _attend(call: Any, row: int, head: int, scratch: int, dim: int, size: int) -
     stride = 4 * ((last + 1) * page - start + 2 * LANES)
     queries = call.q + row * call.q_stride + head * share * dim * size
     for d in range(0, share * dim, LANES):
-        q = load_short(queries + size * d) if size == 2 else load(queries + size * d)
-        store(scratch + 4 * d, q)
+        store(scratch + 4 * d, read(queries + size * d, size))
         store(sums + 4 * d, splat(np.float32(0.0)))
     at = _page(call, table, first, head)
     value_lane = call.n_kv_heads + head
@@ -268,11 +269,7 @@ def _attend(call: Any, row: int, head: int, scratch: int, dim: int, size: int) -
     for g in range(share):
         share_of_mass = splat(np.float32(1.0) / load_one(masses + 4 * g))
         for d in range(g * dim, (g + 1) * dim, LANES):
-            value = mul(load(sums + 4 * d), share_of_mass)
-            if size == 2:
-                store_short(out + size * d, value)
-            else:
-                store(out + size * d, value)
+            write(out + size * d, size, mul(load(sums + 4 * d), share_of_mass))
 
 
 def _write_rows(pointer: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cfunc, njit, types
 
-from astrai.kernels.numba.attention import LOG2_E, exp2
+from astrai.kernels.numba.attention import LOG2_E, exp2, read, write
 from astrai.kernels.numba.lanes import (
     LANES,
     add,
@@ -21,30 +21,15 @@ from astrai.kernels.numba.lanes import (
     fma,
     load,
     load_int,
-    load_short,
     mul,
     smaller,
     splat,
     store,
-    store_short,
     total,
 )
 
 _KEPT: dict[str, Any] = {"error_model": "numpy", "cache": True}  # see `attention`
 _INLINE: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
-
-
-@njit(**_INLINE)
-def _read(address: int, size: int) -> Any:
-    return load_short(address) if size == 2 else load(address)
-
-
-@njit(**_INLINE)
-def _write(address: int, size: int, value: Any) -> None:
-    if size == 2:
-        store_short(address, value)
-    else:
-        store(address, value)
 
 
 @njit(**_INLINE)
@@ -65,13 +50,13 @@ def _add_norm(
         for i in range(0, width, LANES):
             x = load(here + 4 * i)
             if added:
-                x = add(x, _read(added + (row * width + i) * size, size))
+                x = add(x, read(added + (row * width + i) * size, size))
                 store(here + 4 * i, x)
             squares = fma(x, x, squares)
         factor = _inverse_rms(squares, width, eps)
         for i in range(0, width, LANES):
             x = mul(mul(load(here + 4 * i), factor), load(weight + 4 * i))
-            _write(out + (row * width + i) * size, size, x)
+            write(out + (row * width + i) * size, size, x)
 
 
 @njit(**_INLINE)
@@ -82,12 +67,12 @@ def _turn_head(
     if weight:
         squares = splat(np.float32(0.0))
         for i in range(0, 2 * half, LANES):
-            x = _read(head + size * i, size)
+            x = read(head + size * i, size)
             squares = fma(x, x, squares)
         factor = _inverse_rms(squares, 2 * half, eps)
     for i in range(0, half, LANES):
         low, high = head + size * i, head + size * (i + half)
-        a, b = _read(low, size), _read(high, size)
+        a, b = read(low, size), read(high, size)
         if weight:
             a = mul(mul(a, factor), load(weight + 4 * i))
             b = mul(mul(b, factor), load(weight + 4 * (i + half)))
@@ -95,8 +80,8 @@ def _turn_head(
             c, s = load(cosine + 4 * i), load(sine + 4 * i)
             minus = mul(splat(np.float32(-1.0)), s)
             a, b = fma(a, c, mul(b, minus)), fma(b, c, mul(a, s))
-        _write(low, size, a)
-        _write(high, size, b)
+        write(low, size, a)
+        write(high, size, b)
 
 
 def _turn(
@@ -125,10 +110,10 @@ def _gate(gate_up: int, out: int, n_rows: int, width: int, size: int) -> None:
     for row in range(n_rows):
         gate = gate_up + 2 * row * width * size
         for i in range(0, width, LANES):
-            x = _read(gate + i * size, size)
-            up = _read(gate + (width + i) * size, size)
+            x = read(gate + i * size, size)
+            up = read(gate + (width + i) * size, size)
             e = exp2(smaller(mul(x, splat(np.float32(-LOG2_E))), most))
-            _write(out + (row * width + i) * size, size, mul(div(x, add(one, e)), up))
+            write(out + (row * width + i) * size, size, mul(div(x, add(one, e)), up))
 
 
 class RowKernels(NamedTuple):

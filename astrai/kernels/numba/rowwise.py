@@ -27,6 +27,8 @@ class NumbaRows:
         self._kernels = row_kernels()
 
     def begin(self, positions: Tensor) -> None:
+        if int(positions.max()) >= len(self._cosines):
+            raise ValueError(f"{positions.max() = }, expected < {len(self._cosines)}")
         self._positions = positions.contiguous()
 
     def add_norm(self, hidden: Tensor, added: Tensor | None, norm: RmsNorm) -> Tensor:
