@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numba import njit
+from numba import config as numba_config
+from numba import njit, types
+from numba.core.ccallback import CFunc
 
 from astrai.inference.cache.storage import KVCache
 from astrai.kernels.attention import AttentionBatch, cpu_backend
 from astrai.kernels.attention.numba import NumbaAttention
-from astrai.kernels.numba import run
+from astrai.kernels.numba import keep, run
+from astrai.kernels.numba.keep import kept, sources
 from astrai.kernels.numba.lanes import (
     LANES,
     dots16,
@@ -134,6 +140,8 @@ def test_caches_that_it_cannot_read_are_refused() -> None:
         NumbaAttention(KVCache(1, 1, 16, 2, 16, torch.float16), config)
     with pytest.raises(ValueError, match=r"'numba'.*page_size = 24, head_dim = 16.*16"):
         NumbaAttention(KVCache(1, 1, 24, 2, 16, torch.float32), config)
+    with pytest.raises(ValueError, match=r"'numba'.*'meta'.*expected a CPU"):
+        NumbaAttention(KVCache(1, 1, 16, 2, 16, torch.float32, "meta"), config)
 
 
 def test_what_the_kernels_would_misread_is_refused() -> None:
@@ -149,6 +157,39 @@ def test_what_the_kernels_would_misread_is_refused() -> None:
         backend.run(0, q, torch.zeros(1, 16, 2).mT, k)
     with pytest.raises(ValueError, match=r"v: .*\[2, 2, 16\]"):
         backend.run(0, q, k, torch.zeros(2, 2, 16))
+
+
+def test_what_is_kept_is_found_again_until_a_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file of the directory than the function's own, too."""
+    monkeypatch.setattr(numba_config, "CACHE_DIR", str(tmp_path))
+    signature = types.void(types.int64)
+
+    def make(version: int) -> Callable[[int], None]:
+        def function(x: int) -> None:
+            _ = version
+
+        return function
+
+    assert [kept(signature, make(v)).cache_hits for v in (1, 1, 2, 1)] == [0, 1, 0, 1]
+    for source in Path(keep.__file__).parent.glob("*.py"):
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(keep, "__file__", str(tmp_path / "keep.py"))
+    before = sources.__wrapped__()
+    assert before == sources()
+    with (tmp_path / "lanes.py").open("a") as file:
+        file.write("# another\n")
+    assert before != sources.__wrapped__()
+
+
+def test_with_no_place_to_keep_code_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(CFunc, "enable_caching", refuse)
+    made = kept(types.int64(types.int64), lambda x: x + 1)
+    assert made.ctypes(2) == 3
 
 
 def test_the_default_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,10 +102,24 @@ def test_rows_with_gaps_are_refused() -> None:
         rows.gate(numbers(T, 320)[:, ::2])
 
 
-def test_a_position_that_no_table_has_is_refused() -> None:
+def test_rows_of_another_dtype_are_refused() -> None:
+    _, rows = both(torch.bfloat16)
+    rows.begin(torch.arange(T))
+    with pytest.raises(ValueError, match=r"torch\.float32, .*expected .* of torch.bfloat16"):
+        rows.gate(numbers(T, 160))
+    with pytest.raises(ValueError, match=r"torch\.float32, .*expected .* of torch.bfloat16"):
+        rows.turn(numbers(T, 8, 32), None, None, True)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16, .*expected .* of torch.float32"):
+        rows.add_norm(numbers(T, 48, dtype=torch.bfloat16), None, norm_of(48))
+
+
+@pytest.mark.parametrize("positions", [[0, 2048], [-1, 5]])
+def test_positions_outside_the_tables_are_refused(positions: list[int]) -> None:
     _, rows = both(torch.float32)
-    with pytest.raises(ValueError, match=r"2048.*expected < 2048"):
-        rows.begin(torch.tensor([0, 2048]))
+    with pytest.raises(ValueError, match=r"expected int64 positions within \[0, 2048\)"):
+        rows.begin(torch.tensor(positions))
+    with pytest.raises(ValueError, match=r"torch.int32, 0 to 5"):
+        rows.begin(torch.tensor([0, 5], dtype=torch.int32))
 
 
 def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

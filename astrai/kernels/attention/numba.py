@@ -32,6 +32,8 @@ class NumbaAttention:
     def __init__(self, kv: KVCache, config: ModelConfig) -> None:
         if reason := refusal(kv.dtype, kv.page_size, kv.head_dim):
             raise ValueError(f"attention backend 'numba': {reason}")
+        if kv.device.type != "cpu":  # its addresses mean nothing here
+            raise ValueError(f"attention backend 'numba': {kv.device = }, expected a CPU")
         self.kv = kv
         self.config = config
         self._pages = [kv.pages[layer].data_ptr() for layer in range(kv.n_layers)]

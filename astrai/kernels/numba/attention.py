@@ -9,11 +9,13 @@ prefill and decode run the same code. Threads share units, never a sum.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, from_dtype, njit, types
 
+from astrai.kernels.numba.keep import kept, sources
 from astrai.kernels.numba.lanes import (
     LANES,
     add,
@@ -57,9 +59,6 @@ CALL = np.dtype(
     ]
 )  # fmt: skip
 _Call = from_dtype(CALL)
-# Compiled once for a machine: Numba keeps what it made beside this file, or in the user's cache. It
-# looks at this file's age only: after a change of `lanes` this file must be touched.
-_KEPT: dict[str, Any] = {"error_model": "numpy", "cache": True}
 # Part of its caller, where sizes are known when it is compiled.
 _INLINE: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 LOG2_E = 1.4426950408889634
@@ -272,9 +271,9 @@ def _attend(call: Any, row: int, head: int, scratch: int, dim: int, size: int) -
             write(out + size * d, size, mul(load(sums + 4 * d), share_of_mass))
 
 
-def _write_rows(pointer: Any) -> None:
+@njit(**_INLINE)
+def _write_rows(call: Any) -> None:
     """K and V of every row into the pages."""
-    call = carray(pointer, 1)[0]
     dim, size, page, heads = call.head_dim, call.size, call.page_size, call.n_kv_heads
     for row in range(call.n_rows):
         position = load_int(call.positions + 8 * row)
@@ -300,19 +299,6 @@ def _take_units(call: Any, dim: int, size: int) -> None:
         _attend(call, unit % call.n_rows, unit // call.n_rows, scratch, dim, size)
 
 
-def _attend_rows(pointer: Any) -> None:
-    call = carray(pointer, 1)[0]
-    _take_units(call, call.head_dim, call.size)
-
-
-def _attend_short_64(pointer: Any) -> None:
-    _take_units(carray(pointer, 1)[0], 64, 2)
-
-
-def _attend_short_128(pointer: Any) -> None:
-    _take_units(carray(pointer, 1)[0], 128, 2)
-
-
 class Compiled(NamedTuple):
     """Functions that take the address of a CALL."""
 
@@ -320,9 +306,33 @@ class Compiled(NamedTuple):
     attend: Any  # as many threads as there is scratch for
 
 
+def _entries(version: int) -> tuple[Callable[..., None], dict[Any, Callable[..., None]]]:
+    """What writes; what attends, by head_dim and size, None: any. Closes over `sources`."""
+
+    def write(pointer: Any) -> None:
+        _ = version
+        _write_rows(carray(pointer, 1)[0])
+
+    def attend(pointer: Any) -> None:
+        _ = version
+        call = carray(pointer, 1)[0]
+        _take_units(call, call.head_dim, call.size)
+
+    def attend_short_64(pointer: Any) -> None:
+        _ = version
+        _take_units(carray(pointer, 1)[0], 64, 2)
+
+    def attend_short_128(pointer: Any) -> None:
+        _ = version
+        _take_units(carray(pointer, 1)[0], 128, 2)
+
+    return write, {None: attend, (64, 2): attend_short_64, (128, 2): attend_short_128}
+
+
 @functools.cache
 def compiled(head_dim: int, size: int) -> Compiled:
     """For heads of that many numbers of `size` bytes: 2, bfloat16, or 4, float32."""
-    known = {(64, 2): _attend_short_64, (128, 2): _attend_short_128}
-    make = cfunc(types.void(types.CPointer(_Call)), **_KEPT)
-    return Compiled(make(_write_rows), make(known.get((head_dim, size), _attend_rows)))
+    write, attends = _entries(sources())
+    signature = types.void(types.CPointer(_Call))
+    attend = attends.get((head_dim, size), attends[None])
+    return Compiled(kept(signature, write), kept(signature, attend))

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from astrai.kernels.numba.attention import LOG2_E, exp2, read, write
+from astrai.kernels.numba.keep import kept, sources
 from astrai.kernels.numba.lanes import (
     LANES,
     add,
@@ -28,7 +29,6 @@ from astrai.kernels.numba.lanes import (
     total,
 )
 
-_KEPT: dict[str, Any] = {"error_model": "numpy", "cache": True}  # see `attention`
 _INLINE: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 
 
@@ -38,6 +38,7 @@ def _inverse_rms(squares: Any, n: int, eps: float) -> Any:
     return splat(np.float32(1.0) / np.sqrt(mean + np.float32(eps)))
 
 
+@njit(**_INLINE)
 def _add_norm(
     hidden: int, added: int, weight: int, out: int, n_rows: int, width: int, size: int, eps: float
 ) -> None:
@@ -84,6 +85,7 @@ def _turn_head(
         write(high, size, b)
 
 
+@njit(**_INLINE)
 def _turn(
     qkv: int, stride: int, n_rows: int, n_heads: int, n_kv: int, dim: int, size: int,
     positions: int, cosines: int, sines: int, q_weight: int, k_weight: int, eps: float,
@@ -104,6 +106,7 @@ def _turn(
             _turn_head(at + head * dim * size, half, size, k_weight, cosine, sine, eps)
 
 
+@njit(**_INLINE)
 def _gate(gate_up: int, out: int, n_rows: int, width: int, size: int) -> None:
     """out [n_rows, width] = silu(gate) * up; gate_up: [n_rows, 2 * width], gate then up."""
     one, most = splat(np.float32(1.0)), splat(np.float32(126.0))
@@ -125,10 +128,37 @@ class RowKernels(NamedTuple):
     compiled: tuple[Any, ...]  # kept: the others hold their addresses
 
 
+def _entries(version: int) -> tuple[Callable[..., None], ...]:
+    """Closes over `sources`."""
+
+    def add_norm(
+        hidden: int, added: int, weight: int, out: int, n_rows: int, width: int, size: int,
+        eps: float,
+    ) -> None:  # fmt: skip
+        _ = version
+        _add_norm(hidden, added, weight, out, n_rows, width, size, eps)
+
+    def turn(
+        qkv: int, stride: int, n_rows: int, n_heads: int, n_kv: int, dim: int, size: int,
+        positions: int, cosines: int, sines: int, q_weight: int, k_weight: int, eps: float,
+    ) -> None:  # fmt: skip
+        _ = version
+        _turn(
+            qkv, stride, n_rows, n_heads, n_kv, dim, size, positions, cosines, sines,
+            q_weight, k_weight, eps,
+        )  # fmt: skip
+
+    def gate(gate_up: int, out: int, n_rows: int, width: int, size: int) -> None:
+        _ = version
+        _gate(gate_up, out, n_rows, width, size)
+
+    return add_norm, turn, gate
+
+
 @functools.cache
 def row_kernels() -> RowKernels:
     add_norm, turn, gate = (
-        cfunc(types.void(*[types.int64] * n, *[types.float64] * m), **_KEPT)(function)
-        for function, n, m in ((_add_norm, 7, 1), (_turn, 12, 1), (_gate, 5, 0))
+        kept(types.void(*[types.int64] * n, *[types.float64] * m), function)
+        for function, n, m in zip(_entries(sources()), (7, 12, 5), (1, 1, 0))
     )
     return RowKernels(add_norm.ctypes, turn.ctypes, gate.ctypes, (add_norm, turn, gate))

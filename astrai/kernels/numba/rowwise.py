@@ -27,17 +27,21 @@ class NumbaRows:
         self._kernels = row_kernels()
 
     def begin(self, positions: Tensor) -> None:
-        if int(positions.max()) >= len(self._cosines):
-            raise ValueError(f"{positions.max() = }, expected < {len(self._cosines)}")
+        first, last = (int(x) for x in positions.aminmax())
+        if first < 0 or last >= len(self._cosines) or positions.dtype != torch.int64:
+            raise ValueError(
+                f"{positions.dtype}, {first} to {last}, expected int64 positions within "
+                f"[0, {len(self._cosines)})"
+            )
         self._positions = positions.contiguous()
 
     def add_norm(self, hidden: Tensor, added: Tensor | None, norm: RmsNorm) -> Tensor:
         n_rows, width = hidden.shape
         out = hidden.new_empty(n_rows, width, dtype=self._dtype)
-        more = 0 if added is None else _address(added)
+        more = 0 if added is None else _address(added, self._dtype)
         self._kernels.add_norm(
-            hidden.data_ptr(), more, norm.exact.data_ptr(), out.data_ptr(), n_rows, width,
-            self._size, norm.eps,
+            _address(hidden, torch.float32), more, norm.exact.data_ptr(), out.data_ptr(), n_rows,
+            width, self._size, norm.eps,
         )  # fmt: skip
         return out
 
@@ -49,21 +53,27 @@ class NumbaRows:
             cosines, sines = (x.data_ptr() if rope else 0 for x in (self._cosines, self._sines))
             weights = (0 if norm is None else norm.exact.data_ptr() for norm in (q_norm, k_norm))
             self._kernels.turn(
-                qkv.data_ptr(), qkv.stride(0) * self._size, len(qkv), n_heads, n_kv, self._dim,
-                self._size, self._positions.data_ptr(), cosines, sines, *weights, self._eps,
+                _address(qkv, self._dtype), qkv.stride(0) * self._size, len(qkv), n_heads, n_kv,
+                self._dim, self._size, self._positions.data_ptr(), cosines, sines, *weights,
+                self._eps,
             )  # fmt: skip
         return qkv[:, :n_heads], qkv[:, n_heads : n_heads + n_kv], qkv[:, n_heads + n_kv :]
 
     def gate(self, gate_up: Tensor) -> Tensor:
         n_rows, width = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(n_rows, width)
-        self._kernels.gate(_address(gate_up), out.data_ptr(), n_rows, width, self._size)
+        self._kernels.gate(
+            _address(gate_up, self._dtype), out.data_ptr(), n_rows, width, self._size
+        )
         return out
 
 
-def _address(x: Tensor) -> int:
-    if not x.is_contiguous():
-        raise ValueError(f"{tuple(x.shape) = }, {x.stride() = }, expected rows without gaps")
+def _address(x: Tensor, dtype: torch.dtype) -> int:
+    if not x.is_contiguous() or x.dtype != dtype:
+        raise ValueError(
+            f"{tuple(x.shape) = }, {x.dtype = }, {x.stride() = }, expected rows without gaps "
+            f"of {dtype}"
+        )
     return x.data_ptr()
 
 
