@@ -1,7 +1,7 @@
 """From the start of a process to the first token of a 32-token prompt, in processes of their own.
 
-On a GPU once without any compiled kernel and once with the kernels of the run before. The floor is
-a process that imports torch and wakes the device, and nothing else.
+Once without any compiled kernel and once with the kernels of the run before. The floor is a process
+that imports torch and wakes the device, and nothing else.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _seconds(command: list[str], cache: str) -> tuple[float, Any]:
     started = time.perf_counter()
     done = subprocess.run(
         command,
-        env=os.environ | {"TRITON_CACHE_DIR": cache},
+        env=os.environ | {"TRITON_CACHE_DIR": cache, "NUMBA_CACHE_DIR": cache},
         capture_output=True,
         text=True,
         check=False,

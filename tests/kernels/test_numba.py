@@ -192,6 +192,22 @@ def test_with_no_place_to_keep_code_it_is_compiled(monkeypatch: pytest.MonkeyPat
     assert made.ctypes(2) == 3
 
 
+def test_damaged_files_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_config, "CACHE_DIR", str(tmp_path))
+    signature = types.int64(types.int64)
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    kept(signature, double)
+    for kind in ("nbc", "nbi"):
+        files = list(tmp_path.rglob(f"*.{kind}"))
+        assert files
+        for file in files:
+            file.write_bytes(file.read_bytes()[:40] + b"damaged")
+        assert kept(signature, double).ctypes(3) == 6
+
+
 def test_the_default_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_backend(torch.bfloat16, 64, 128) == "numba"
     assert cpu_backend(torch.float16, 64, 128) == "cpu"

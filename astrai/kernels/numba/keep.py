@@ -29,6 +29,7 @@ def kept(signature: Any, function: Callable[..., None]) -> Any:
     """`function`, compiled; kept beside its file or else in the user's cache."""
     try:
         return cfunc(signature, error_model="numpy", cache=True)(function)
-    except (RuntimeError, OSError):
-        # Nowhere to write, or no room: compiled at every start, some seconds, but it starts.
+    except Exception:
+        # Nowhere to write, no room, or a damaged file (its error can be any): compiled at every
+        # start, some seconds, but it starts. What the function itself is at fault for comes again.
         return cfunc(signature, error_model="numpy")(function)
