@@ -37,19 +37,18 @@ from astrai.inference.cache.books import Books  # noqa: E402
 from astrai.inference.cache.storage import KVCache  # noqa: E402
 from astrai.inference.engine import Engine, Message  # noqa: E402
 from astrai.inference.events import EventLog  # noqa: E402
-from astrai.inference.gpu_launch import STEPS, new_results  # noqa: E402
+from astrai.inference.gpu_launch import STEPS, new_results, scored  # noqa: E402
 from astrai.inference.gpu_model import workspace_bytes  # noqa: E402
 from astrai.inference.gpu_runner import Form, GpuRunner, step_form  # noqa: E402
 from astrai.inference.gpu_sampling import Need, SlotEdits, draw  # noqa: E402
 from astrai.inference.gpu_state import SlotState  # noqa: E402
 from astrai.inference.runner import sample_row  # noqa: E402
-from astrai.inference.sampler import Sampled, Sampler, score_of  # noqa: E402
+from astrai.inference.sampler import Sampled, Sampler  # noqa: E402
 from astrai.inference.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.scheduler import Scheduler  # noqa: E402
 from astrai.inference.task import Entry, Task, Update  # noqa: E402
 from astrai.kernels.triton.prefill_attention import TILE  # noqa: E402
 from astrai.kernels.triton.sampling import SamplingScratch  # noqa: E402
-from astrai.kernels.triton.scores import scores_of  # noqa: E402
 from astrai.models.config import config_from_hf  # noqa: E402
 from astrai.models.decoder import Decoder  # noqa: E402
 from astrai.models.loading import dummy_weights  # noqa: E402
@@ -492,8 +491,7 @@ class SamplingRig:
         drawn = [Sampled(token) for token in tokens]
         for i, params in enumerate(self.params):
             if params.logprobs is not None:
-                found = score_of(*scores_of(scores[i]))
-                drawn[i] = Sampled(tokens[i], found.logprob, found.top, found.rank)
+                drawn[i] = scored(tokens[i], scores[i])
         return drawn
 
     def expected(self) -> list[Sampled]:

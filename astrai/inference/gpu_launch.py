@@ -118,9 +118,14 @@ def _read_line(line: Drawn, entries: Sequence[Entry], outcomes: list[Outcome]) -
     for row, (place, token, top) in enumerate(zip(places, tokens.tolist(), tops.tolist())):
         found = Sampled(token)
         if words is not None and entries[place].task.params.logprobs is not None:
-            score = score_of(*scores_of(words[row]))
-            found = Sampled(token, score.logprob, score.top, score.rank)
+            found = scored(token, words[row])
         outcomes[place] = outcome_of(checked(found, top))
+
+
+def scored(token: int, words: np.ndarray) -> Sampled:
+    """The token with what its words say: int32 [WORDS]."""
+    score = score_of(*scores_of(words))
+    return Sampled(token, score.logprob, score.top, score.rank)
 
 
 def to_host(draws: Draws) -> Draws:

@@ -13,6 +13,7 @@ from astrai.inference.gpu_sampling import edit_bytes
 from astrai.inference.gpu_state import SlotState
 from astrai.inference.sampler import DEVICE_ROWS
 from astrai.kernels.linear import DenseLinear, Linear
+from astrai.kernels.rowwise import rope_tables
 from astrai.kernels.triton.decode_attention import (
     DecodePlan,
     DecodeShape,
@@ -81,12 +82,8 @@ class GpuModel:
         ]  # fmt: skip
         self._next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         reach = min(c.max_positions, state.width * kv.page_size)
-        inverse, factor = c.rope.frequencies(c.head_dim)
-        angles = torch.outer(torch.arange(reach, dtype=torch.float32), inverse)
-        self.rope = (
-            (angles.cos() * factor).to(self.device),
-            (angles.sin() * factor).to(self.device),
-        )
+        cosines, sines = rope_tables(c, reach)
+        self.rope = (cosines.to(self.device), sines.to(self.device))
         capability = torch.cuda.get_device_capability(self.device) if self._on_gpu else (0, 0)
         self.pdl = capability >= (9, 0)
         # The tiles are for numbers of two bytes, as the matrix units take them.

@@ -52,7 +52,7 @@ class TorchRows:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
         self._heads = (config.n_heads, config.n_kv_heads)
-        cos, sin = rope_tables(config)
+        cos, sin = rope_tables(config, config.max_positions)
         self._cos = torch.cat((cos, cos), dim=1).to(device=device, dtype=dtype)
         self._sin = torch.cat((-sin, sin), dim=1).to(device=device, dtype=dtype)
 
@@ -99,10 +99,10 @@ def rows_of(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ro
     return TorchRows(config, dtype, device)
 
 
-def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [max_positions, head_dim // 2]."""
+def rope_tables(config: ModelConfig, n_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [n_positions, head_dim // 2]."""
     inverse, factor = config.rope.frequencies(config.head_dim)
-    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inverse)
+    angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), inverse)
     return angles.cos() * factor, angles.sin() * factor
 
 

@@ -41,6 +41,7 @@ class NumbaAttention:
         self._scratch = np.zeros(0, np.uint8)
         self._counters = np.zeros(2, np.int64)
         self._call = np.zeros(1, CALL)
+        self._argument = self._call.ctypes.data
         fixed = {
             "n_kv_heads": kv.n_kv_heads,
             "share": self._share,
@@ -94,9 +95,8 @@ class NumbaAttention:
         call["out"], call["pages"] = out.data_ptr(), self._pages[layer]
         call["window"] = self.config.layer_windows[layer] or 0
         self._counters[:] = 0
-        argument = call.ctypes.data
-        self._write(argument)
-        self._attend(argument, self._n_threads)
+        self._write(self._argument)
+        self._attend(self._argument, self._n_threads)
         return out
 
 

@@ -26,21 +26,17 @@ from astrai.kernels.numba.lanes import (
     load,
     load_int,
     load_one,
-    load_short,
     mul,
-    nearest,
-    power_of_two,
     prefetch,
     short_dots16,
     short_dots64,
     splat,
     store,
     store_one,
-    store_short,
-    sub,
     ticket,
     total,
 )
+from astrai.kernels.numba.numbers import INLINE, LOG2_E, exp2, read, write
 
 # What a launch is told. Addresses; strides and sizes in bytes; a stride is from row to row.
 CALL = np.dtype(
@@ -59,9 +55,6 @@ CALL = np.dtype(
     ]
 )  # fmt: skip
 _Call = from_dtype(CALL)
-# Part of its caller, where sizes are known when it is compiled.
-_INLINE: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
-LOG2_E = 1.4426950408889634
 
 
 def scratch_bytes(share: int, head_dim: int, n_positions: int) -> int:
@@ -69,56 +62,26 @@ def scratch_bytes(share: int, head_dim: int, n_positions: int) -> int:
     return 4 * share * (2 * head_dim + LANES + n_positions + 3 * LANES)
 
 
-@njit(**_INLINE)
-def read(address: int, size: int) -> Any:
-    """16 numbers of `size` bytes: 2, bfloat16, or 4, float32."""
-    return load_short(address) if size == 2 else load(address)
-
-
-@njit(**_INLINE)
-def write(address: int, size: int, value: Any) -> None:
-    if size == 2:
-        store_short(address, value)
-    else:
-        store(address, value)
-
-
-@njit(**_INLINE)
+@njit(**INLINE)
 def _copy(source: int, target: int, n: int, size: int) -> None:
     for i in range(0, n * size, LANES * size):
         write(target + i, size, read(source + i, size))
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _page(call: Any, table: int, i: int, lane: int) -> int:
     """Where a page of a table lies; lane: a head's keys or, after all heads', its values."""
     per_page = call.page_size * call.head_dim * call.size
     return call.pages + (load_int(table + 8 * i) * 2 * call.n_kv_heads + lane) * per_page
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _prefetch(address: int, n_bytes: int) -> None:
     for line in range(0, n_bytes, 64):
         prefetch(address + line)
 
 
-@njit(**_INLINE)
-def exp2(x: Any) -> Any:
-    """2**x of x < 127, to 2e-7; 0 below -127, NaN of NaN. Polynomial of Cephes' exp2f."""
-    x = larger(x, splat(np.float32(-127.0)))
-    whole = nearest(x)
-    r = sub(x, whole)
-    y = splat(np.float32(1.535336188319500e-4))
-    y = fma(y, r, splat(np.float32(1.339887440266574e-3)))
-    y = fma(y, r, splat(np.float32(9.618437357674640e-3)))
-    y = fma(y, r, splat(np.float32(5.550332471162809e-2)))
-    y = fma(y, r, splat(np.float32(2.402264791363012e-1)))
-    y = fma(y, r, splat(np.float32(6.931472028550421e-1)))
-    y = fma(y, r, splat(np.float32(1.0)))
-    return mul(y, power_of_two(whole))
-
-
-@njit(**_INLINE)
+@njit(**INLINE)
 def _score(q: int, keys: int, n: int, dim: int, size: int, scores: int) -> None:
     """Products of q, float32 [dim], with n keys in a row; and of some after them, up to 16."""
     step = dim * size
@@ -139,7 +102,7 @@ def _score(q: int, keys: int, n: int, dim: int, size: int, scores: int) -> None:
         store(scores + 4 * j, sums)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _soften(scores: int, begin: int, end: int, scale: float) -> float:
     """Scores [begin, end) become exp(scale * score - largest), those around them 0; their sum."""
     n = (end + LANES - 1) // LANES * LANES
@@ -164,7 +127,7 @@ def _soften(scores: int, begin: int, end: int, scale: float) -> float:
     return total(mass)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _weigh(weights: int, values: int, n: int, dim: int, size: int, sums: int) -> None:
     """sums, float32 [dim], plus weights [n] times n values in a row, one after the other."""
     whole = dim // 64 * 64
@@ -187,7 +150,7 @@ def _weigh(weights: int, values: int, n: int, dim: int, size: int, sums: int) ->
         store(sums + 4 * d, a0)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _weigh_pair(
     weights: int, stride: int, values: int, n: int, dim: int, size: int, sums: int
 ) -> None:
@@ -217,7 +180,7 @@ def _weigh_pair(
         store(others + 4 * d + 192, b3)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _attend(call: Any, row: int, head: int, scratch: int, dim: int, size: int) -> None:
     """One unit of work; scratch as in `scratch_bytes`."""
     share, page = call.share, call.page_size
@@ -271,7 +234,7 @@ def _attend(call: Any, row: int, head: int, scratch: int, dim: int, size: int) -
             write(out + size * d, size, mul(load(sums + 4 * d), share_of_mass))
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _write_rows(call: Any) -> None:
     """K and V of every row into the pages."""
     dim, size, page, heads = call.head_dim, call.size, call.page_size, call.n_kv_heads
@@ -287,7 +250,7 @@ def _write_rows(call: Any) -> None:
             _copy(value, call.pages + (at + heads * page) * dim * size, dim, size)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _take_units(call: Any, dim: int, size: int) -> None:
     """Units of work until none is left; as many threads as there is scratch may run this."""
     scratch = call.scratch + ticket(call.threads) * call.scratch_size

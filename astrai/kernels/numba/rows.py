@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, types
 
-from astrai.kernels.numba.attention import LOG2_E, exp2, read, write
 from astrai.kernels.numba.keep import kept, sources
 from astrai.kernels.numba.lanes import (
     LANES,
@@ -28,17 +27,16 @@ from astrai.kernels.numba.lanes import (
     store,
     total,
 )
+from astrai.kernels.numba.numbers import INLINE, LOG2_E, exp2, read, write
 
-_INLINE: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 
-
-@njit(**_INLINE)
+@njit(**INLINE)
 def _inverse_rms(squares: Any, n: int, eps: float) -> Any:
     mean = total(squares) / np.float32(n)
     return splat(np.float32(1.0) / np.sqrt(mean + np.float32(eps)))
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _add_norm(
     hidden: int, added: int, weight: int, out: int, n_rows: int, width: int, size: int, eps: float
 ) -> None:
@@ -60,7 +58,7 @@ def _add_norm(
             write(out + (row * width + i) * size, size, x)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _turn_head(
     head: int, half: int, size: int, weight: int, cosine: int, sine: int, eps: float
 ) -> None:
@@ -85,7 +83,7 @@ def _turn_head(
         write(high, size, b)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _turn(
     qkv: int, stride: int, n_rows: int, n_heads: int, n_kv: int, dim: int, size: int,
     positions: int, cosines: int, sines: int, q_weight: int, k_weight: int, eps: float,
@@ -106,7 +104,7 @@ def _turn(
             _turn_head(at + head * dim * size, half, size, k_weight, cosine, sine, eps)
 
 
-@njit(**_INLINE)
+@njit(**INLINE)
 def _gate(gate_up: int, out: int, n_rows: int, width: int, size: int) -> None:
     """out [n_rows, width] = silu(gate) * up; gate_up: [n_rows, 2 * width], gate then up."""
     one, most = splat(np.float32(1.0)), splat(np.float32(126.0))

@@ -23,7 +23,7 @@ class NumbaRows:
         self._dtype, self._size = dtype, dtype.itemsize
         self._heads = (config.n_heads, config.n_kv_heads)
         self._dim, self._eps = config.head_dim, config.rms_norm_eps
-        self._cosines, self._sines = rope_tables(config)
+        self._cosines, self._sines = rope_tables(config, config.max_positions)
         self._kernels = row_kernels()
 
     def begin(self, positions: Tensor) -> None:

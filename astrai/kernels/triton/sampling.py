@@ -48,6 +48,12 @@ class SamplingScratch:
         self.above = torch.empty(shape, dtype=torch.int32, device=device)
         self.truncation = TruncationScratch(self.n_chunks, max_rows, device)
 
+    def options(self, pdl: bool) -> dict[str, Any]:
+        """What every kernel over rows of logits is launched with."""
+        return {
+            "VOCAB": self.vocab_size, "N_CHUNKS": self.n_chunks, "PDL": pdl, "launch_pdl": pdl,
+        }  # fmt: skip
+
 
 @triton.jit
 def _draw_bits(seeds: tl.tensor, slot: tl.tensor, position: tl.tensor) -> tl.tensor:
@@ -120,8 +126,7 @@ def sample(
     """
     s, t, shaped = scratch, scratch.truncation, limits is not None
     n_rows = logits.shape[0]
-    row: dict[str, Any] = {"VOCAB": s.vocab_size, "N_CHUNKS": s.n_chunks, "PDL": pdl}
-    row["launch_pdl"] = pdl
+    row = s.options(pdl)
     chunks = triton.next_power_of_2(s.n_chunks)
     shared: dict[str, Any] = {**row, "CHUNK": CHUNK, "CHUNKS": chunks, "num_warps": 4}
     launch(peaks_kernel, (n_rows, s.n_chunks))(

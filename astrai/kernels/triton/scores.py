@@ -10,7 +10,7 @@ A row that asks for none of it leaves after the first kernel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import triton
@@ -136,9 +136,7 @@ def score(
     the scratch.
     """
     s, blocks = scratch, scratch.truncation.block_peaks
-    n_rows = logits.shape[0]
-    row: dict[str, Any] = {"VOCAB": s.vocab_size, "N_CHUNKS": s.n_chunks, "PDL": pdl}
-    row["launch_pdl"] = pdl
+    n_rows, row = logits.shape[0], s.options(pdl)
     chunks = triton.next_power_of_2(s.n_chunks)
     launch(peaks_kernel, (n_rows, s.n_chunks))(
         logits, s.peaks, s.best, blocks,
