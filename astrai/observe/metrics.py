@@ -293,7 +293,7 @@ class Metrics:
         self._fresh.discard(task)
         if (live := self._live.get(task)) is not None:
             self._first_token.observe(time - live.arrived)
-            self._queued.update(choice for choice in live.choices if choice in self._live)
+            self._release(live)
 
     def _end(self, task: int, reason: str, n_output: int, time: float, *rest: Any) -> None:
         self._ends[reason] += 1
@@ -304,7 +304,15 @@ class Metrics:
         if (live := self._live.pop(task, None)) is not None:
             self._end_to_end.observe(time - live.arrived)
             if not n_output:  # its choices go on without it
-                self._queued.update(choice for choice in live.choices if choice in self._live)
+                self._release(live)
+
+    def _release(self, leader: _Live) -> None:
+        """Its other choices join the queue, but for those already heard to wait for a grammar."""
+        self._queued.update(
+            choice
+            for choice in leader.choices
+            if choice in self._live and choice not in self._gated
+        )
 
     # ── what is asked ───────────────────────────────────────────────────────────────────────────
 

@@ -106,6 +106,23 @@ def test_every_scrape_balances_and_the_totals_are_those_of_the_tasks(seed: int, 
     assert not metrics._live and not metrics._launched and not metrics._queued
 
 
+def test_choices_that_go_on_without_their_first_wait_once() -> None:
+    bench, engine, metrics = watched(n_pages=12, max_slots=1)
+    engine.grammars = SlowGrammars(0)  # type: ignore[assignment]
+    params = SamplingParams(max_tokens=9, structured=StructuredOutput(regex="a"))
+    first, second = (make_task(i, [1, 2], 3, index=i, params=params) for i in range(2))
+    runs, waits = make_task(8, [1], 9), make_task(9, [1], 9)
+    first.siblings = [second]
+    engine.post(Message(add=[runs, waits, first]))
+    engine.post(Message(abort=[first.id]))
+    engine.step()
+    now = scrape(metrics)
+    assert list(bench.scheduler.gated) == [second.id]
+    balanced(now)
+    assert now["astrai_tasks_waiting{reason=grammar}"] == 1
+    assert now["astrai_tasks_waiting{reason=slots}"] == 1
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_inter_token_seconds_has_one_observation_per_token_after_the_first(depth: int) -> None:
     bench, engine, metrics = watched(n_pages=40, max_slots=4, depth=depth)
