@@ -120,6 +120,58 @@ def write_keys(
     )
 
 
+@triton.jit
+def _load_block(
+    pages: tl.tensor, table: tl.tensor, start: tl.tensor, stop: tl.tensor, kv_head: tl.tensor,
+    N_KV: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, EDGE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """K, V [BLOCK, DIM_PADDED] of the keys from `start` on; EDGE: 0 from `stop` on."""
+    key = start + tl.arange(0, BLOCK)
+    d = tl.arange(0, DIM_PADDED)
+    if PAGE % BLOCK == 0:
+        frame = tl.load(table + start // PAGE).to(tl.int64)
+    elif EDGE:
+        frame = tl.load(table + key // PAGE, mask=key < stop, other=0).to(tl.int64)
+    else:
+        frame = tl.load(table + key // PAGE).to(tl.int64)
+    at = (frame * (2 * N_KV) + kv_head) * (PAGE * DIM) + (key % PAGE) * DIM
+    place = pages + at[:, None] + d[None, :]
+    if EDGE:
+        there = (key < stop)[:, None] & (d < DIM)[None, :]
+        k = tl.load(place, mask=there, other=0.0)
+        v = tl.load(place + N_KV * PAGE * DIM, mask=there, other=0.0)
+    elif DIM != DIM_PADDED:
+        k = tl.load(place, mask=(d < DIM)[None, :], other=0.0)
+        v = tl.load(place + N_KV * PAGE * DIM, mask=(d < DIM)[None, :], other=0.0)
+    else:
+        k = tl.load(place)
+        v = tl.load(place + N_KV * PAGE * DIM)
+    return k, v
+
+
+@triton.jit
+def _attend(
+    queries: tl.tensor, k: tl.tensor, v: tl.tensor, position: tl.tensor, start: tl.tensor,
+    peak: tl.tensor, mass: tl.tensor, total: tl.tensor, scale: tl.tensor,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr, EDGE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """One step of the online softmax; EDGE: not every row sees every key of the block."""
+    scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+    if EDGE:
+        key = start + tl.arange(0, BLOCK)
+        seen = key[None, :] <= position[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    highest = tl.maximum(peak, tl.max(scores, axis=1))
+    old = tl.exp2(peak - highest)
+    weights = tl.exp2(scores - highest[:, None])
+    mass = mass * old + tl.sum(weights, axis=1)
+    total = tl.dot(weights.to(v.dtype), v, total * old[:, None], input_precision="ieee")
+    return highest, mass, total
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
     q: tl.tensor,
@@ -154,31 +206,26 @@ def _prefill_kernel(
     peak = tl.full([TILE], -1.0e30, tl.float32)
     mass = tl.zeros([TILE], tl.float32)
     total = tl.zeros([TILE, DIM_PADDED], tl.float32)
-    begin = 0
+    edge = 0
     if WINDOW:
-        begin = tl.maximum(first + 1 - WINDOW, 0) // BLOCK * BLOCK
+        edge = tl.maximum(first + 1 - WINDOW, 0) // BLOCK * BLOCK
+    else:
+        edge = (first + 1) // BLOCK * BLOCK  # before it, every row sees every key
+        for start in range(0, edge, BLOCK):
+            k, v = _load_block(
+                pages, table, start, edge, kv_head, N_KV, DIM, DIM_PADDED, PAGE, BLOCK, False
+            )
+            peak, mass, total = _attend(
+                queries, k, v, position, start, peak, mass, total, scale, BLOCK, WINDOW, False
+            )
     stop = first + count
-    for start in range(begin, stop, BLOCK):
-        key = start + tl.arange(0, BLOCK)
-        there = (key < stop)[:, None]
-        if DIM != DIM_PADDED:
-            there = there & (d < DIM)[None, :]
-        frame = tl.load(table + key // PAGE, mask=key < stop, other=0).to(tl.int64)
-        place = (frame * (2 * N_KV) + kv_head) * (PAGE * DIM) + (key % PAGE) * DIM
-        k = tl.load(pages + place[:, None] + d[None, :], mask=there, other=0.0)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-        seen = key[None, :] <= position[:, None]
-        if WINDOW:
-            seen = seen & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, axis=1))
-        old = tl.exp2(peak - highest)
-        weights = tl.exp2(scores - highest[:, None])
-        mass = mass * old + tl.sum(weights, axis=1)
-        values = pages + N_KV * PAGE * DIM + place[:, None] + d[None, :]
-        v = tl.load(values, mask=there, other=0.0)
-        total = tl.dot(weights.to(v.dtype), v, total * old[:, None], input_precision="ieee")
-        peak = highest
+    for start in range(edge, stop, BLOCK):
+        k, v = _load_block(
+            pages, table, start, stop, kv_head, N_KV, DIM, DIM_PADDED, PAGE, BLOCK, True
+        )
+        peak, mass, total = _attend(
+            queries, k, v, position, start, peak, mass, total, scale, BLOCK, WINDOW, True
+        )
     mass = tl.where(i < count, mass, 1.0)
     tl.store(out + at, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
 
@@ -192,10 +239,9 @@ def prefill_attention(
     n_tiles: int,
     *,
     window: int | None = None,
-    tile: int = TILE,
     block: int = 64,
     warps: int = 4,
-    stages: int = 3,
+    stages: int = 2,
 ) -> None:
     """Causal attention of every row over its entry's keys in the pages.
 
@@ -219,7 +265,7 @@ def prefill_attention(
         DIM=dim,
         DIM_PADDED=triton.next_power_of_2(dim),
         PAGE=page,
-        TILE=tile,
+        TILE=TILE,
         BLOCK=block,
         WINDOW=window or 0,
         num_warps=warps,
