@@ -326,6 +326,48 @@ def check_attention(n_trials: int = 12) -> float:
     return worst
 
 
+def check_products(n_trials: int = 40) -> float | None:
+    """Random products in CUDA C++ against float32, outputs poisoned; None: not a Hopper."""
+    from astrai.kernels.hopper.build import available
+    from astrai.kernels.hopper.product import MOST_ROWS, cut_of, product
+
+    if not available(torch.device(DEVICE)):
+        return None
+    rng, worst = random.Random(0), 0.0
+    torch.manual_seed(0)
+    while n_trials:
+        kind = rng.choice(["plain", "silu", "parts"])
+        dtype = rng.choice([torch.bfloat16, torch.half])
+        silu, parts = kind == "silu", kind == "parts"
+        rows = rng.randint(2, rng.choice([MOST_ROWS, 12 * MOST_ROWS]))
+        n, k = 64 * rng.randint(8, 200), 64 * rng.randint(8, 200)
+        if (cut := cut_of(rows, n, k, silu, parts)) is None:
+            continue
+        n_trials -= 1
+        width = 2 * n if silu else n
+        x, weight, bias = (
+            torch.randn(size, device=DEVICE, dtype=dtype) for size in ((rows, k), (width, k), width)
+        )
+        weight *= k**-0.5
+        has_bias = not parts and rng.random() < 0.5
+        out = torch.full((cut.split, rows, n), float("nan"), device=DEVICE)
+        out = out if parts else out[0].to(dtype)
+        product(x, weight, out, cut, bias=bias if has_bias else None, silu=silu, pdl=True)
+        found = out.sum(0) if parts else out.float()
+        expected = torch.nn.functional.linear(
+            x.float(), weight.float(), bias.float() if has_bias else None
+        )
+        if silu:
+            gate, up = expected.chunk(2, dim=1)
+            expected = torch.nn.functional.silu(gate) * up
+        error = ((found - expected).norm() / expected.norm()).item()
+        if not error < (1e-4 if parts else 3e-3):
+            raise RuntimeError(f"{error = } for {rows = }, {n = }, {k = }, {kind}, {dtype}, {cut}")
+        worst = max(worst, error)
+    say(f"products in CUDA C++: worst error {worst:.1e}")
+    return worst
+
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -388,10 +430,9 @@ def logits_of(decoder: Decoder, ids: list[int]) -> torch.Tensor:
         runner._upload_steps([], [])
         chunk = Form(0, half, -(-half // TILE), 0, Need.HEAT)
         runner._upload_chunks([Entry(task, 0, half, False, 0)], chunk)
-        hidden: list[torch.Tensor] = []
-        runner._compute(chunk, hidden.append)
-        at = torch.arange(half, dtype=torch.int32, device=DEVICE)
-        rows.append(runner.model.logits(hidden[0], at).float())
+        states: list[torch.Tensor] = []
+        runner._compute(chunk, states.append)
+        rows.append(runner.model.logits(states[0]).float())
         for position in range(half, len(ids)):
             runner._upload_steps([Entry(task, position, 1, True, 0)], [0])
             bucket = 1 if position % 2 else 4
@@ -640,6 +681,7 @@ def main() -> None:
         result["start"] = measure_start(shapes[0])
     if "check" in parts:
         result["attention_error"] = check_attention()
+        result["products_error"] = check_products()
         result["sampling_us"] = check_sampling()
         result["logits_error"] = check_logits()
     for shape in shapes:

@@ -12,6 +12,8 @@ from astrai.inference.cache.storage import KVCache
 from astrai.inference.gpu_sampling import edit_bytes
 from astrai.inference.gpu_state import SlotState
 from astrai.inference.sampler import DEVICE_ROWS
+from astrai.kernels.hopper import product as hopper
+from astrai.kernels.hopper.build import available as hopper_available
 from astrai.kernels.linear import DenseLinear, Linear
 from astrai.kernels.rowwise import rope_tables
 from astrai.kernels.triton.decode_attention import (
@@ -88,6 +90,7 @@ class GpuModel:
         self.pdl = capability >= (9, 0)
         # The tiles are for numbers of two bytes, as the matrix units take them.
         self._fused = self.dtype.itemsize == 2 or not self._on_gpu
+        self._hopper = self.dtype.itemsize == 2 and hopper_available(self.device)
         self._scratch(kv, state.max_slots)
 
     @property
@@ -130,13 +133,13 @@ class GpuModel:
             head, eps = self.head, self.config.rms_norm_eps
             matvec(hidden, head.weight, logits, bias=head.bias, norm=self.norm, eps=eps, pdl=pdl)
         else:
-            self._matrix_layers(
+            states = self._matrix_layers(
                 buffers,
                 lambda layer: self._attend(
                     layer, rows, plans[layer.window], buffers["qkv"], buffers["attended"]
                 ),
             )
-            _product(self.head, buffers["normed"], logits)
+            _product(self.head, states, logits)
         return logits
 
     def _plan(self, rows: Rows) -> dict[int | None, DecodePlan]:
@@ -177,32 +180,46 @@ class GpuModel:
         matvec(acted, linear.weight, hidden, bias=linear.bias, add=True, pdl=pdl)
 
     def _matrix_layers(
-        self, buffers: Mapping[str, Tensor], attend: Callable[[_Layer], None]
-    ) -> None:
-        """From embeddings in `hidden` to the final norm of the last layer in `normed`.
+        self,
+        buffers: Mapping[str, Tensor],
+        attend: Callable[[_Layer], None],
+        pick: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:
+        """From embeddings in `hidden` to the final norm, of the rows that `pick` leaves.
 
-        attend: from `qkv` to `attended`.
+        attend: from `qkv` to `attended`. Other rows are of use no longer than to the last one.
         """
         hidden, normed = buffers["hidden"], buffers["normed"]
         rms_norm(hidden, self.layers[0].input_norm, normed, self.config.rms_norm_eps, pdl=self.pdl)
         for layer, next_norm in zip(self.layers, self._next_norms):
             self._multiply(layer.qkv, normed, buffers["qkv"])
             attend(layer)
-            self._add(layer.output, buffers["attended"], hidden, layer.mlp_norm, normed)
-            self._gate(layer.gate_up, normed, buffers)
-            self._add(layer.down, buffers["acted"], hidden, next_norm, normed)
+            attended = buffers["attended"]
+            if layer is self.layers[-1]:
+                attended, hidden = pick(attended), pick(hidden)
+                normed = normed[: len(hidden)]
+                buffers = {name: buffer[: len(hidden)] for name, buffer in buffers.items()}
+            if len(hidden):
+                self._add(layer.output, attended, hidden, layer.mlp_norm, normed)
+                self._gate(layer.gate_up, normed, buffers)
+                self._add(layer.down, buffers["acted"], hidden, next_norm, normed)
+        return normed
 
     def _tile(
         self, n_rows: int, linear: DenseLinear, silu: bool = False, parts: bool = False
-    ) -> Tile | None:
+    ) -> Tile | hopper.Cut | None:
         n, k = linear.weight.shape
-        return tile_of(n_rows, n // 2 if silu else n, k, silu, parts) if self._fused else None
+        sizes = (n_rows, n // 2 if silu else n, k)
+        cut = hopper.cut_of(*sizes, silu, parts) if self._hopper else None
+        if cut is not None or not self._fused:
+            return cut
+        return tile_of(*sizes, silu, parts)
 
     def _multiply(self, linear: DenseLinear, x: Tensor, out: Tensor) -> None:
         if (tile := self._tile(len(x), linear)) is None:
             _product(linear, x, out)
         else:
-            product(x, linear.weight, out, tile, bias=linear.bias, pdl=self.pdl)
+            _tiled(x, linear.weight, out, tile, bias=linear.bias, pdl=self.pdl)
 
     def _gate(self, linear: DenseLinear, x: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """acted = silu(gate) * up."""
@@ -211,7 +228,7 @@ class GpuModel:
             _product(linear, x, buffers["gate_up"])
             silu_mul(buffers["gate_up"], acted, pdl=self.pdl)
         else:
-            product(x, linear.weight, acted, tile, bias=linear.bias, silu=True, pdl=self.pdl)
+            _tiled(x, linear.weight, acted, tile, bias=linear.bias, silu=True, pdl=self.pdl)
 
     def _add(
         self, linear: DenseLinear, x: Tensor, hidden: Tensor, gain: Tensor, normed: Tensor
@@ -226,14 +243,17 @@ class GpuModel:
             rms_norm(hidden, gain, normed, eps, pdl=pdl)
         else:
             parts = self._parts[: tile.split * n * size].view(tile.split, n, size)
-            product(x, weight, parts, tile, pdl=pdl)
+            _tiled(x, weight, parts, tile, pdl=pdl)
             add_norm(parts, hidden, gain, normed, eps, bias=linear.bias, pdl=pdl)
 
-    def prefill(self, chunks: Rows, tiles: Tensor, n_tiles: int, steps: Rows) -> Tensor:
-        """Residual stream [S + T, hidden_size] after the last layer; see `logits`.
+    def prefill(
+        self, chunks: Rows, tiles: Tensor, n_tiles: int, steps: Rows, ends: Tensor | None
+    ) -> Tensor:
+        """States after the final norm, [S + E, hidden_size]: of S steps (one position per row,
+        attended as `decode` does), then of the rows `ends` (int32 [E]) of ragged chunks; None: of
+        all of them.
 
-        Of S steps (one position per row, attended as `decode` does), then of T rows of ragged
-        chunks: the weights are read once for both. tiles: see `prefill_attention`, of `chunks`.
+        The weights are read once for steps and chunks. tiles: see `prefill_attention`, of `chunks`.
         """
         n, eps, tables = len(steps.slots), self.config.rms_norm_eps, self.state.tables
         widths = _widths(self.config)
@@ -258,32 +278,32 @@ class GpuModel:
                 queries, attended[n:], layer.pages, tables, tiles, n_tiles, window=layer.window
             )
 
-        self._matrix_layers(buffers, attend)
-        return hidden
+        return self._matrix_layers(
+            buffers, attend, lambda x: x if ends is None else pick_ends(x, n, ends)
+        )
 
-    def logits(self, hidden: Tensor, ends: Tensor, n_steps: int = 0) -> Tensor:
-        """[n_steps + E, vocab_size] of what `prefill` returned: of its steps, then of the rows
-        `ends` (int32 [E]) of its chunks. At most max_slots + SPARE_ROWS; the next call overwrites
-        them."""
-        normed = self._new(n_steps + len(ends), self.config.hidden_size)
-        if n_steps:
-            rms_norm(hidden[:n_steps], self.norm, normed[:n_steps], self.config.rms_norm_eps)
-        if len(ends):
-            rms_norm(
-                hidden[n_steps:], self.norm, normed[n_steps:], self.config.rms_norm_eps, rows=ends
-            )
-        out = self._logits[: len(normed)]
-        _product(self.head, normed, out)
+    def logits(self, states: Tensor) -> Tensor:
+        """[R, vocab_size] of R of the states that `prefill` returned, at most max_slots +
+        SPARE_ROWS; the next call overwrites them."""
+        out = self._logits[: len(states)]
+        _product(self.head, states, out)
         return out
 
-    def normed(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """[R, hidden_size] after the final norm, of the rows (int32 [R]) of what `prefill` gave."""
-        normed = self._new(len(rows), self.config.hidden_size)
-        rms_norm(hidden, self.norm, normed, self.config.rms_norm_eps, rows=rows)
-        return normed
+    def compile_long(self, n_rows: int) -> None:
+        """In the background, what a pass of so many rows needs and a short one does not."""
+        linear = self.layers[0].gate_up
+        tile = self._tile(n_rows, linear, silu=True)
+        if isinstance(tile, hopper.Cut):
+            bias = linear.bias is not None
+            hopper.kernel_of(tile, self.dtype, silu=True, parts=False, bias=bias).warmup()
 
     def _new(self, rows: int, width: int) -> Tensor:
         return torch.empty(rows, width, dtype=self.dtype, device=self.device)
+
+
+def pick_ends(x: Tensor, n_steps: int, ends: Tensor) -> Tensor:
+    """Rows of x [S + T, n]: those of the steps, then `ends` (int32 [E]) of the T others."""
+    return torch.cat((x[:n_steps], x[n_steps:].index_select(0, ends)))
 
 
 def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chunk: int) -> int:
@@ -296,11 +316,13 @@ def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chun
     widths = _widths(config)
     step = sum(widths.values())
     chunk = step + widths["attended"]  # queries stand beside what they attended
+    picked = 2 * max_slots * (widths["hidden"] + widths["attended"])
     logits = (max_slots + SPARE_ROWS) * config.vocab_size
     scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size + 4 * _part_numbers(config)
     scratch += 4 * max_slots * (ROOM + config.vocab_size // BLOCK)
     scratch += edit_bytes(config.vocab_size, max_slots)
-    return itemsize * (max_slots * step + (max_chunk + max_slots) * chunk + logits) + scratch
+    numbers = max_slots * step + (max_chunk + max_slots) * chunk + picked + logits
+    return itemsize * numbers + scratch
 
 
 def _widths(c: ModelConfig) -> dict[str, int]:
@@ -318,13 +340,23 @@ def _widths(c: ModelConfig) -> dict[str, int]:
 def _part_numbers(c: ModelConfig) -> int:
     """Numbers of the largest parts of a product that goes onto the residual stream."""
     sums = (c.n_heads * c.head_dim, c.intermediate_size)
-    return max(part_numbers(c.hidden_size, k) for k in sums)
+    return max(of(c.hidden_size, k) for k in sums for of in (part_numbers, hopper.part_numbers))
 
 
 def _dense(linear: Linear) -> DenseLinear:
     if not isinstance(linear, DenseLinear):
         raise TypeError(f"{type(linear).__name__}: the GPU path multiplies plain weights only")
     return linear
+
+
+def _tiled(
+    x: Tensor, weight: Tensor, out: Tensor, tile: Tile | hopper.Cut, *,
+    bias: Tensor | None = None, silu: bool = False, pdl: bool = False,
+) -> None:  # fmt: skip
+    if isinstance(tile, hopper.Cut):
+        hopper.product(x, weight, out, tile, bias=bias, silu=silu, pdl=pdl)
+    else:
+        product(x, weight, out, tile, bias=bias, silu=silu, pdl=pdl)
 
 
 def _product(linear: DenseLinear, x: Tensor, out: Tensor) -> None:

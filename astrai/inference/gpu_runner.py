@@ -11,7 +11,7 @@ from torch import Tensor
 
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.gpu_launch import ENDS, STEPS, GpuLaunch, Slow, new_results, to_host
-from astrai.inference.gpu_model import SPARE_ROWS, GpuModel, Rows
+from astrai.inference.gpu_model import SPARE_ROWS, GpuModel, Rows, pick_ends
 from astrai.inference.gpu_sampling import Need, SlotEdits, draw
 from astrai.inference.gpu_state import SlotState, Staging
 from astrai.inference.runner import looks_back, sample_row
@@ -151,6 +151,7 @@ class GpuRunner:
                 for bucket in self._chunk_buckets[:1]:
                     self._capture(self._chunk_form(0, bucket, Need.HEAT))
             torch.cuda.synchronize(self.device)
+            self.model.compile_long(self.max_chunk)
 
     def _launch_all(self) -> None:
         """What `warm` and the first uploads launch, on rows that stand nowhere."""
@@ -352,30 +353,36 @@ class GpuRunner:
             each.captured.graph.replay()
             logits = each.captured.logits
         else:
-            logits = self._compute(form, lambda hidden: self._keep(launch, each.chunks, hidden))
+            scored = any(_scored(entries[i]) for i in each.chunks)
+            keep = (lambda states: self._keep(launch, each.chunks, states)) if scored else None
+            logits = self._compute(form, keep)
         rows = [*range(len(each.steps)), *range(form.n_steps, form.n_steps + len(each.ends))]
         self._draw_slow(launch, each.steps + each.ends, rows, logits)
 
     def _compute(self, form: Form, keep: Callable[[Tensor], None] | None = None) -> Tensor:
         """Logits of the steps, then of the ends, after sampling from them.
 
-        keep: is shown the states of the chunks' rows [n_rows, hidden_size].
+        keep: is shown the states of all rows of the chunks [n_rows, hidden_size].
         """
-        model, ends = self.model, self._chunks.views
+        model, views = self.model, self._chunks.views
         n_steps, n_ends = form.n_steps, form.n_ends
         steps = _rows(self._steps, n_steps)
         if form.n_rows:
-            tiles = ends["tiles"].view(-1, 4)
-            hidden = model.prefill(_rows(self._chunks, form.n_rows), tiles, form.n_tiles, steps)
-            if keep is not None:
-                keep(hidden[n_steps:])
-            logits = model.logits(hidden, ends["end_rows"][:n_ends], n_steps)
+            chunks, tiles = _rows(self._chunks, form.n_rows), views["tiles"].view(-1, 4)
+            ends = views["end_rows"][:n_ends]
+            if keep is None:
+                states = model.prefill(chunks, tiles, form.n_tiles, steps, ends)
+            else:
+                states = model.prefill(chunks, tiles, form.n_tiles, steps, None)
+                keep(states[n_steps:])
+                states = pick_ends(states, n_steps, ends)
+            logits = model.logits(states)
         else:
             logits = model.decode(steps)
         if n_steps:
             self._draw(logits[:n_steps], steps.slots, steps.positions, STEPS, form.need)
         if n_ends:
-            slots, positions = ends["end_slots"][:n_ends], ends["end_positions"][:n_ends]
+            slots, positions = views["end_slots"][:n_ends], views["end_positions"][:n_ends]
             self._draw(logits[n_steps:], slots, positions, ENDS, form.need)
         return logits
 
@@ -390,11 +397,11 @@ class GpuRunner:
 
     # ── what the fast path does not do ──────────────────────────────────────────────────────────
 
-    def _keep(self, launch: GpuLaunch, chunks: list[int], hidden: Tensor) -> None:
-        self._score_prompts(launch, chunks, hidden)
-        self._keep_hidden(launch, chunks, hidden)
+    def _keep(self, launch: GpuLaunch, chunks: list[int], states: Tensor) -> None:
+        self._score_prompts(launch, chunks, states)
+        self._keep_states(launch, chunks, states)
 
-    def _score_prompts(self, launch: GpuLaunch, chunks: list[int], hidden: Tensor) -> None:
+    def _score_prompts(self, launch: GpuLaunch, chunks: list[int], states: Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow the positions of each chunk."""
         first = 0
         for i in chunks:
@@ -405,21 +412,20 @@ class GpuRunner:
                 scored: list[TokenLogprob] = []
                 for at in range(0, len(targets), SPARE_ROWS):
                     part = targets[at : at + SPARE_ROWS]
-                    rows = torch.arange(len(part), dtype=torch.int32, device=self.device)
-                    logits = self.model.logits(hidden, rows + (first + at)).float()
+                    begin = first + at
+                    logits = self.model.logits(states[begin : begin + len(part)]).float()
                     scores = self.sampler.prompt_logprobs(logits, part, top)
                     scored += [TokenLogprob(token, *score) for token, score in zip(part, scores)]
                 launch.scored[i] = scored
             first += n
 
-    def _keep_hidden(self, launch: GpuLaunch, chunks: list[int], hidden: Tensor) -> None:
-        """The states that pooling reads, normed, until the launch's event has passed."""
+    def _keep_states(self, launch: GpuLaunch, chunks: list[int], states: Tensor) -> None:
+        """Those that pooling reads, until the launch's event has passed."""
         first = 0
         for i in chunks:
             entry = launch.entries[i]
             if entry.task.params.pooling is not None:
-                rows = torch.arange(first, first + entry.n, dtype=torch.int32, device=self.device)
-                launch.hidden[i] = self.model.normed(hidden, rows)
+                launch.hidden[i] = states[first : first + entry.n].clone()
             first += entry.n
 
     def _draw_slow(

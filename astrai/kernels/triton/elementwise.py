@@ -12,9 +12,8 @@ from astrai.kernels.triton.launch import launch
 
 @triton.jit
 def _rms_norm_kernel(
-    x: tl.tensor, rows: tl.tensor, weight: tl.tensor, out: tl.tensor,
-    eps: tl.tensor,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, PICK: tl.constexpr, PDL: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, out: tl.tensor, eps: tl.tensor,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     column = tl.arange(0, PADDED)
     inside = column < SIZE
@@ -22,24 +21,18 @@ def _rms_norm_kernel(
     wait_for_inputs(PDL)
     release_next(PDL)
     row = tl.program_id(0).to(tl.int64)
-    source = row
-    if PICK:
-        source = tl.load(rows + row).to(tl.int64)
-    value = tl.load(x + source * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(value * value, axis=0) / SIZE + eps)
     tl.store(out + row * SIZE + column, (value * rstd * w).to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, out: Tensor, eps: float, rows: Tensor | None = None,
-    pdl: bool = False,
-) -> None:  # fmt: skip
-    """out[i] = norm(x[i]) * weight, or of x[rows[i]] (int32); [T, size], in float32 inside."""
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float, pdl: bool = False) -> None:
+    """out = norm(x) * weight, of each row; [T, size], in float32 inside."""
     size = x.shape[1]
     padded = triton.next_power_of_2(size)
     launch(_rms_norm_kernel, (out.shape[0],))(
-        x, rows if rows is not None else x, weight, out, eps,
-        SIZE=size, PADDED=padded, PICK=rows is not None, PDL=pdl,
+        x, weight, out, eps,
+        SIZE=size, PADDED=padded, PDL=pdl,
         num_warps=4 if padded <= 2048 else 8, launch_pdl=pdl,
     )  # fmt: skip
 
