@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -92,12 +93,14 @@ def test_a_cut_fits_the_weight_and_the_multiprocessor(weight: Weight) -> None:
         assert_fits(weight, n_rows, cut)
 
 
-@given(st.sampled_from([*MOST]), st.integers(64, 600), st.integers(64, 300), st.integers(2, 40_000))
+@given(st.sampled_from([*MOST]), st.integers(16, 600), st.integers(64, 600), st.integers(2, 40_000))
 def test_a_cut_of_any_size_fits(kind: str, n: int, k: int, n_rows: int) -> None:
     weight = Weight(64 * n, 64 * k, kind)
     for rows in (2 + n_rows % (MOST[kind] - 1), n_rows):
         cut = weight.cut(rows)
-        assert cut is not None or rows > MOST[kind]
+        if rows <= 256:
+            pays = weight.width * weight.k >= 1 << 24
+            assert (cut is not None) == (pays and rows <= MOST[kind])
         if cut is not None:
             assert_fits(weight, rows, cut)
 
@@ -107,6 +110,7 @@ def test_one_wave_of_blocks_owns_the_weight_where_its_size_allows() -> None:
     assert SMALL_GATE.cut(100) == Cut(128, 128)  # 128 blocks
     assert DOWN.cut(33) == Cut(64, 64, split=2)  # 2 x 64
     assert SMALL_DOWN.cut(224) == Cut(224, 64, split=4)  # 4 x 32
+    assert Weight(4096, 12288 + 64, "parts").cut(33) == Cut(64, 64)  # steps that two cannot share
     assert GATE.cut(16384) == Cut(256, 192, many=True)
 
 
@@ -186,6 +190,18 @@ def test_kernels_are_compiled_ahead_and_not_launched(
     assert machine_code(kernel.source).done() and len(list(kept.rglob("*.cubin"))) == 1
 
 
+def test_a_warm_up_starts_a_compilation_and_does_not_wait(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, kernel = threading.Event(), Kernel(Source(Path("product.cu"), "product", ""), 1, 0)
+    monkeypatch.setattr(build, "compiled", lambda source: (b"code" if held.wait(10) else b"", ""))
+    monkeypatch.setattr(Source, "text", b"")
+    kernel.warmup()
+    assert machine_code.cache_info().currsize == 1 and not machine_code(kernel.source).done()
+    held.set()
+    assert kernel.run == b"code"
+
+
 @pytest.mark.parametrize(
     ("rows", "k", "out", "cut", "silu", "message"),
     [
@@ -206,6 +222,34 @@ def test_what_a_cut_does_not_fit_is_refused(
     x, weight = torch.zeros(rows, k), torch.zeros(out[-1] * (2 if silu else 1), k)
     with pytest.raises(ValueError, match=message):
         product(x, weight, torch.zeros(out), cut, silu=silu)
+
+
+def _half(*size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(4, 128)}, "x.dtype = torch.float32, expected one of"),
+        ({"weight": _half(64, 64)}, "weight: .* expected .64, 128."),
+        ({"weight": _half(128, 128)}, "weight: .* expected .64, 128."),
+        ({"weight": torch.zeros(64, 128, dtype=torch.half)}, "weight: .*float16"),
+        ({"out": _half(8, 64)}, "out: .* expected .4, 64."),
+        ({"out": torch.zeros(4, 64)}, "out: .*float32, expected .4, 64., torch.bfloat16"),
+        ({"out": _half(1, 4, 64)}, "out: .* expected .1, 4, 64., torch.float32"),
+        ({"bias": _half(32)}, "bias: .* expected .64,."),
+        ({"x": _half(128, 4).t()}, "x: expected contiguous"),
+        ({"weight": _half(64 * 128 + 1)[1:].view(64, 128)}, "weight: .* multiple of 16 bytes"),
+        ({"silu": True}, "weight: .* expected .128, 128."),
+    ],
+)
+def test_what_the_kernel_would_misread_is_refused(changed: dict[str, Any], message: str) -> None:
+    fine: dict[str, Any] = {
+        "x": _half(4, 128), "weight": _half(64, 128), "out": _half(4, 64), "bias": None,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        product(**(fine | {"cut": Cut(32, 64)} | changed))
 
 
 @pytest.mark.parametrize(
@@ -230,10 +274,12 @@ def test_blocks_are_launched_for_every_tile(
     cut = weight.cut(n_rows)
     assert cut is not None
     sizes = (cut.split, n_rows, weight.n) if weight.kind == "parts" else (n_rows, weight.n)
-    x, w, out = (
+    x, w = (
         torch.empty(size, dtype=torch.bfloat16, device="meta")
-        for size in ((n_rows, weight.k), (weight.width, weight.k), sizes)
+        for size in ((n_rows, weight.k), (weight.width, weight.k))
     )
+    kind = torch.float32 if weight.kind == "parts" else torch.bfloat16
+    out = torch.empty(sizes, dtype=kind, device="meta")
     product(x, w, out, cut, silu=weight.silu)
     assert launched == [grid]
 

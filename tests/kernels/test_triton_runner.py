@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import tests.kernels.triton_interpreter  # noqa: F401  (before the kernels)
 from astrai.config import SchedulerConfig
@@ -15,6 +17,7 @@ from astrai.inference.cache.books import Books
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.engine import Engine, Message
 from astrai.inference.events import EventLog
+from astrai.inference.gpu_model import GpuModel
 from astrai.inference.gpu_runner import GpuLaunch, GpuRunner
 from astrai.inference.runner import Runner
 from astrai.inference.sampler import Sampler
@@ -22,6 +25,7 @@ from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import Entry, Plan, Task, TokenLogprob, Update
 from astrai.kernels.attention import load_backend
+from astrai.kernels.hopper import product as hopper
 from astrai.kernels.linear import DenseLinear
 from astrai.models import decoder as decoder_module
 from astrai.models.config import config_from_hf
@@ -105,6 +109,42 @@ def run(
 def check_same(expected: list[Task], found: list[Task]) -> None:
     for a, b in zip(expected, found, strict=True):
         assert (a.tokens, a.finish_reason, a.error) == (b.tokens, b.finish_reason, b.error)
+
+
+def test_same_tokens_where_hopper_has_a_kernel_of_its_own(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of that kernel; torch answers for it."""
+    asked: set[str] = set()
+
+    def product(
+        x: Tensor, weight: Tensor, out: Tensor, cut: hopper.Cut, *,
+        bias: Tensor | None = None, silu: bool = False, pdl: bool = False,
+    ) -> None:  # fmt: skip
+        hopper._check(x, weight, out, cut, bias, silu)
+        asked.add("parts" if out.dim() == 3 else "silu" if silu else "plain")
+        if out.dim() == 3:
+            shares = zip(x.chunk(cut.split, dim=1), weight.chunk(cut.split, dim=1))
+            out.copy_(torch.stack([a @ b.t() for a, b in shares]))
+        elif silu:
+            gate, up = F.linear(x, weight, bias).chunk(2, dim=1)
+            out.copy_(F.silu(gate) * up)
+        else:
+            out.copy_(F.linear(x, weight, bias))
+
+    def scratch(model: GpuModel, kv: KVCache, max_rows: int) -> None:
+        whole(model, kv, max_rows)
+        model._hopper = True
+
+    whole = GpuModel._scratch
+    monkeypatch.setattr(GpuModel, "_scratch", scratch)
+    monkeypatch.setattr(hopper, "_LEAST_NUMBERS", 0)
+    monkeypatch.setitem(hopper._NUMBERS, torch.float32, "f32")
+    monkeypatch.setattr(hopper, "product", product)
+    expected, *_ = run(decoder, "plain", 40, make_tasks(8))
+    found, *_ = run(decoder, "gpu", 40, make_tasks(8))
+    check_same(expected, found)
+    assert asked == {"plain", "silu", "parts"}
 
 
 def test_same_tokens_as_the_plain_runner(decoder: Decoder) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +24,15 @@ _OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 
 
 def available(device: torch.device) -> bool:
-    """Is it a Hopper, and is what compiles and launches there?"""
-    return (
-        device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and find_spec("cuda") is not None
-        and find_spec("cuda.bindings") is not None
-    )
+    """Is it a Hopper, and is what compiles and launches there, of the CUDA that PyTorch is of?"""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    try:
+        major, _, _ = version("cuda-bindings").partition(".")
+    except PackageNotFoundError:
+        return False
+    same = torch.version.cuda.partition(".")[0] == major
+    return same and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def checked(result: tuple[Any, ...]) -> Any:
@@ -102,7 +104,8 @@ def _kept_code(source: Source) -> bytes:
     if (path := keeper.get_file(file)) is not None:
         return Path(path).read_bytes()
     code, _ = compiled(source)
-    keeper.put(code, file, binary=True)
+    with suppress(OSError):  # no room for it: the next process compiles again
+        keeper.put(code, file, binary=True)
     return code
 
 

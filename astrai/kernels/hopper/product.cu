@@ -33,7 +33,7 @@ constexpr int PITCH = WIDE * 2 + 16;                // of the staged output
 // Tiles are computed in bands of this many rows of tiles, column by column: what the blocks read at
 // a time then fits the cache.
 constexpr int BAND = 8;
-// Weights are read once, x by every block.
+// A step of a weight is read once, or once for every ROWS rows; one of x by every block.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {

@@ -8,6 +8,7 @@ and weights that come while the kernel before still runs. See product.cu.
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ _LEAST_NUMBERS = 1 << 24
 _LEAST_USED = 0.75
 _MULTIPROCESSORS = 132
 _STEP = 64  # of K
+_NUMBERS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _MOST_STAGES = 9
 
 
@@ -100,9 +102,10 @@ def part_numbers(n: int, k: int) -> int:
     return 0 if cut is None else _MOST_PART_ROWS * n * cut.split
 
 
+@cache
 def kernel_of(cut: Cut, dtype: torch.dtype, silu: bool, parts: bool, bias: bool) -> Kernel:
     groups = cut.columns // 64
-    number = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    number = _NUMBERS[dtype]
     # Registers of one instruction are counted against those of a launch, not of a warp.
     halves = 2 if cut.rebalanced else 1
     numbers = {
@@ -134,6 +137,37 @@ __device__ __forceinline__ void multiply(
 }}"""
 
 
+def _check(
+    x: Tensor, weight: Tensor, out: Tensor, cut: Cut, bias: Tensor | None, silu: bool
+) -> None:
+    """ValueError: the kernel would read or write something else."""
+    (n_rows, k), n, parts = x.shape, out.shape[-1], out.dim() == 3
+    if (out.shape[0] if parts else 1) != cut.split or (parts and (silu or bias is not None)):
+        raise ValueError(f"{tuple(out.shape) = }, {cut.split = }, {silu = }, expected equal parts")
+    width = 2 * n if silu else n
+    fits = silu if cut.many else n_rows <= cut.rows and width % cut.columns == 0
+    if not fits or k % (_STEP * cut.split) or n % 8:
+        raise ValueError(f"{tuple(x.shape) = }, {tuple(weight.shape) = }, expected to fit {cut}")
+    if x.dtype not in _NUMBERS:
+        raise ValueError(f"{x.dtype = }, expected one of {list(_NUMBERS)}")
+    expected = {
+        "x": (x, (n_rows, k), x.dtype),
+        "weight": (weight, (width, k), x.dtype),
+        "out": (out, (cut.split, n_rows, n), torch.float32) if parts
+        else (out, (n_rows, n), x.dtype),
+        "bias": (bias, (width,), x.dtype),
+    }  # fmt: skip
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name}: {tuple(tensor.shape) = }, {tensor.dtype = }, expected {shape}, {dtype}"
+            )
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise ValueError(f"{name}: expected contiguous numbers from a multiple of 16 bytes on")
+
+
 def product(
     x: Tensor, weight: Tensor, out: Tensor, cut: Cut, *,
     bias: Tensor | None = None, silu: bool = False, pdl: bool = False,
@@ -141,13 +175,10 @@ def product(
     """out [R, N] = x [R, K] @ weight [N, K]ᵀ + bias; or float32 parts [split, R, N] of it.
 
     silu: weight and bias have 2 N rows, gate then up, and out is silu(gate) * up. All contiguous.
+    ValueError: the cut, or a shape, dtype or place of these does not fit.
     """
     (n_rows, k), n, parts = x.shape, out.shape[-1], out.dim() == 3
-    if (out.shape[0] if parts else 1) != cut.split or (parts and (silu or bias is not None)):
-        raise ValueError(f"{tuple(out.shape) = }, {cut.split = }, {silu = }, expected equal parts")
-    fits = silu if cut.many else n_rows <= cut.rows and len(weight) % cut.columns == 0
-    if not fits or k % (_STEP * cut.split) or n % 8:
-        raise ValueError(f"{tuple(x.shape) = }, {tuple(weight.shape) = }, expected to fit {cut}")
+    _check(x, weight, out, cut, bias, silu)
     kernel = kernel_of(cut, x.dtype, silu, parts, bias is not None)
     columns = cut.columns
     if silu:  # eights of gate and up by turns
