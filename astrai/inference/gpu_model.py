@@ -353,10 +353,8 @@ def _tiled(
     x: Tensor, weight: Tensor, out: Tensor, tile: Tile | hopper.Cut, *,
     bias: Tensor | None = None, silu: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
-    if isinstance(tile, hopper.Cut):
-        hopper.product(x, weight, out, tile, bias=bias, silu=silu, pdl=pdl)
-    else:
-        product(x, weight, out, tile, bias=bias, silu=silu, pdl=pdl)
+    multiply: Callable[..., None] = hopper.product if isinstance(tile, hopper.Cut) else product
+    multiply(x, weight, out, tile, bias=bias, silu=silu, pdl=pdl)
 
 
 def _product(linear: DenseLinear, x: Tensor, out: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from astrai.kernels.attention import AttentionBatch, check_batch
 from astrai.kernels.numba.attention import CALL, compiled, scratch_bytes
 from astrai.kernels.numba.lanes import LANES
-from astrai.kernels.numba.run import alone, shared
+from astrai.kernels.numba.run import DTYPES, alone, shared
 from astrai.kernels.threads import n_together
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Bytes of keys and values from which on threads are worth meeting for.
 _ALONE_BYTES = 1 << 16
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class NumbaAttention:
@@ -102,8 +101,8 @@ class NumbaAttention:
 
 def refusal(dtype: torch.dtype, page_size: int, head_dim: int) -> str | None:
     """Why this backend cannot serve such a cache; None if it can."""
-    if dtype not in _DTYPES:
-        return f"{dtype = }, expected one of {_DTYPES}"
+    if dtype not in DTYPES:
+        return f"{dtype = }, expected one of {DTYPES}"
     if page_size % LANES or head_dim % LANES:
         return f"{page_size = }, {head_dim = }, expected multiples of {LANES}"
     return None

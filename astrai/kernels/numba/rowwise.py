@@ -10,6 +10,7 @@ from torch import Tensor
 from astrai.kernels.norm import RmsNorm
 from astrai.kernels.numba.lanes import LANES
 from astrai.kernels.numba.rows import row_kernels
+from astrai.kernels.numba.run import DTYPES
 from astrai.kernels.rowwise import Heads, rope_tables
 
 if TYPE_CHECKING:
@@ -80,4 +81,4 @@ def _address(x: Tensor, dtype: torch.dtype) -> int:
 def fits(config: ModelConfig, dtype: torch.dtype) -> bool:
     """Whether these sizes and this dtype are what the kernels work on."""
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim // 2)
-    return dtype in (torch.float32, torch.bfloat16) and not any(size % LANES for size in sizes)
+    return dtype in DTYPES and not any(size % LANES for size in sizes)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# What compiled functions read and write.
+DTYPES = (torch.float32, torch.bfloat16)
+
 _POINTER = ctypes.c_void_p
 _Compiled = ctypes.CFUNCTYPE(None, _POINTER)
 

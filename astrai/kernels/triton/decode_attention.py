@@ -22,9 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from astrai.kernels.triton.heads import (
+    frames_of,
     load_angles,
     load_gains,
     load_heads,
+    load_keys,
     release_next,
     turn_heads,
     wait_for_inputs,
@@ -258,49 +260,6 @@ def _merge(
 
 
 @triton.jit
-def _frames_of(
-    table: tl.tensor,
-    block: tl.tensor,
-    position: tl.tensor,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """Page frames of a block's keys: one if the block lies in one page, else one per key."""
-    if PAGE % BLOCK == 0:
-        frames = tl.load(table + block * BLOCK // PAGE)
-    else:
-        key = block * BLOCK + tl.arange(0, BLOCK)
-        frames = tl.load(table + key // PAGE, mask=key < position, other=0)
-    return frames
-
-
-@triton.jit
-def _load_keys(
-    pages: tl.tensor,
-    frames: tl.tensor,
-    block: tl.tensor,
-    head: tl.tensor,
-    position: tl.tensor,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    N_KV: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """K, V [BLOCK, DIM_PADDED] of a block, 0 from `position` on."""
-    key = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, DIM_PADDED)
-    at = (frames.to(tl.int64) * (2 * N_KV) + head) * (PAGE * DIM) + (key % PAGE) * DIM
-    there = (key < position)[:, None]
-    if DIM != DIM_PADDED:
-        there = there & (d < DIM)[None, :]
-    place = pages + at[:, None] + d[None, :]
-    k = tl.load(place, mask=there, other=0.0)
-    v = tl.load(place + N_KV * PAGE * DIM, mask=there, other=0.0)
-    return k, v
-
-
-@triton.jit
 def _attend(
     q: tl.tensor,
     k: tl.tensor,
@@ -469,16 +428,16 @@ def _decode_kernel(
             begin = tl.maximum(position + 1 - WINDOW, 0) // BLOCK
         first = begin + at - start
         last = begin + here - start
-        frames = _frames_of(table, first, position, PAGE, BLOCK)
+        frames = frames_of(table, first, position, PAGE, BLOCK)
         next_row, next_before, next_after, next_position, next_slot = _row_after(
             ends, positions, slots, row, here == after, n_rows
         )
         own_frame = tl.load(table + position // PAGE).to(tl.int64)
         if AHEAD:
-            k, v = _load_keys(
-                pages, frames, first, head, position, DIM, DIM_PADDED, N_KV, PAGE, BLOCK
+            k, v = load_keys(
+                pages, frames, first, head, position, DIM, DIM_PADDED, N_KV, PAGE, BLOCK, False
             )
-            frames = _frames_of(table, tl.minimum(first + 1, last - 1), position, PAGE, BLOCK)
+            frames = frames_of(table, tl.minimum(first + 1, last - 1), position, PAGE, BLOCK)
         q_gains = load_gains(q_weight, DIM, DIM_PADDED, NORM)
         k_gains = load_gains(k_weight, DIM, DIM_PADDED, NORM)
         angles = load_angles(cosines, sines, position, DIM, DIM_PADDED, ROPE)
@@ -498,10 +457,10 @@ def _decode_kernel(
                 q, k, v, first, position, peak, mass, total, scale, BLOCK, WINDOW
             )
         for block in range(first + AHEAD, last):
-            k, v = _load_keys(
-                pages, frames, block, head, position, DIM, DIM_PADDED, N_KV, PAGE, BLOCK
+            k, v = load_keys(
+                pages, frames, block, head, position, DIM, DIM_PADDED, N_KV, PAGE, BLOCK, False
             )
-            frames = _frames_of(table, tl.minimum(block + 1, last - 1), position, PAGE, BLOCK)
+            frames = frames_of(table, tl.minimum(block + 1, last - 1), position, PAGE, BLOCK)
             peak, mass, total = _attend(
                 q, k, v, block, position, peak, mass, total, scale, BLOCK, WINDOW
             )

@@ -99,3 +99,41 @@ def turn_heads(
     if ROPE:
         own = own * cosine[None, :] + other * sine[None, :]
     return own
+
+
+@triton.jit
+def frames_of(
+    table: tl.tensor, block: tl.tensor, stop: tl.tensor, PAGE: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """Page frames of a block's keys: one if the block lies in one page, else one per key before
+    `stop`."""
+    if PAGE % BLOCK == 0:
+        frames = tl.load(table + block * BLOCK // PAGE)
+    else:
+        key = block * BLOCK + tl.arange(0, BLOCK)
+        frames = tl.load(table + key // PAGE, mask=key < stop, other=0)
+    return frames
+
+
+@triton.jit
+def load_keys(
+    pages: tl.tensor, frames: tl.tensor, block: tl.tensor, head: tl.tensor, stop: tl.tensor,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, N_KV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """K, V [BLOCK, DIM_PADDED] of a block, 0 from `stop` on; WHOLE: all of it is before `stop`."""
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DIM_PADDED)
+    at = (frames.to(tl.int64) * (2 * N_KV) + head) * (PAGE * DIM) + (key % PAGE) * DIM
+    place = pages + at[:, None] + d[None, :]
+    values = place + N_KV * PAGE * DIM
+    if WHOLE and DIM == DIM_PADDED:
+        k = tl.load(place)
+        v = tl.load(values)
+    else:
+        there = (d < DIM)[None, :] if WHOLE else (key < stop)[:, None]
+        if not WHOLE and DIM != DIM_PADDED:
+            there = there & (d < DIM)[None, :]
+        k = tl.load(place, mask=there, other=0.0)
+        v = tl.load(values, mask=there, other=0.0)
+    return k, v

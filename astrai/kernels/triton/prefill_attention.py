@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from astrai.kernels.triton.heads import load_angles, load_gains, load_heads, turn_heads
+from astrai.kernels.triton.heads import (
+    frames_of,
+    load_angles,
+    load_gains,
+    load_heads,
+    load_keys,
+    turn_heads,
+)
 from astrai.kernels.triton.launch import launch
 
 # Query rows of one tile; `tiles` int32 [n_tiles, 4] holds (first row, first position, rows, slot).
@@ -121,45 +128,15 @@ def write_keys(
 
 
 @triton.jit
-def _load_block(
-    pages: tl.tensor, table: tl.tensor, start: tl.tensor, stop: tl.tensor, kv_head: tl.tensor,
-    N_KV: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, EDGE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """K, V [BLOCK, DIM_PADDED] of the keys from `start` on; EDGE: 0 from `stop` on."""
-    key = start + tl.arange(0, BLOCK)
-    d = tl.arange(0, DIM_PADDED)
-    if PAGE % BLOCK == 0:
-        frame = tl.load(table + start // PAGE).to(tl.int64)
-    elif EDGE:
-        frame = tl.load(table + key // PAGE, mask=key < stop, other=0).to(tl.int64)
-    else:
-        frame = tl.load(table + key // PAGE).to(tl.int64)
-    at = (frame * (2 * N_KV) + kv_head) * (PAGE * DIM) + (key % PAGE) * DIM
-    place = pages + at[:, None] + d[None, :]
-    if EDGE:
-        there = (key < stop)[:, None] & (d < DIM)[None, :]
-        k = tl.load(place, mask=there, other=0.0)
-        v = tl.load(place + N_KV * PAGE * DIM, mask=there, other=0.0)
-    elif DIM != DIM_PADDED:
-        k = tl.load(place, mask=(d < DIM)[None, :], other=0.0)
-        v = tl.load(place + N_KV * PAGE * DIM, mask=(d < DIM)[None, :], other=0.0)
-    else:
-        k = tl.load(place)
-        v = tl.load(place + N_KV * PAGE * DIM)
-    return k, v
-
-
-@triton.jit
 def _attend(
-    queries: tl.tensor, k: tl.tensor, v: tl.tensor, position: tl.tensor, start: tl.tensor,
+    queries: tl.tensor, k: tl.tensor, v: tl.tensor, position: tl.tensor, block: tl.tensor,
     peak: tl.tensor, mass: tl.tensor, total: tl.tensor, scale: tl.tensor,
     BLOCK: tl.constexpr, WINDOW: tl.constexpr, EDGE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """One step of the online softmax; EDGE: not every row sees every key of the block."""
     scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
     if EDGE:
-        key = start + tl.arange(0, BLOCK)
+        key = block * BLOCK + tl.arange(0, BLOCK)
         seen = key[None, :] <= position[:, None]
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
@@ -206,25 +183,27 @@ def _prefill_kernel(
     peak = tl.full([TILE], -1.0e30, tl.float32)
     mass = tl.zeros([TILE], tl.float32)
     total = tl.zeros([TILE, DIM_PADDED], tl.float32)
-    edge = 0
     if WINDOW:
-        edge = tl.maximum(first + 1 - WINDOW, 0) // BLOCK * BLOCK
+        edge = tl.maximum(first + 1 - WINDOW, 0) // BLOCK
     else:
-        edge = (first + 1) // BLOCK * BLOCK  # before it, every row sees every key
-        for start in range(0, edge, BLOCK):
-            k, v = _load_block(
-                pages, table, start, edge, kv_head, N_KV, DIM, DIM_PADDED, PAGE, BLOCK, False
+        seen = first + 1  # by every row
+        edge = seen // BLOCK
+        for block in range(0, edge):
+            frames = frames_of(table, block, seen, PAGE, BLOCK)
+            k, v = load_keys(
+                pages, frames, block, kv_head, seen, DIM, DIM_PADDED, N_KV, PAGE, BLOCK, True
             )
             peak, mass, total = _attend(
-                queries, k, v, position, start, peak, mass, total, scale, BLOCK, WINDOW, False
+                queries, k, v, position, block, peak, mass, total, scale, BLOCK, WINDOW, False
             )
     stop = first + count
-    for start in range(edge, stop, BLOCK):
-        k, v = _load_block(
-            pages, table, start, stop, kv_head, N_KV, DIM, DIM_PADDED, PAGE, BLOCK, True
+    for block in range(edge, tl.cdiv(stop, BLOCK)):
+        frames = frames_of(table, block, stop, PAGE, BLOCK)
+        k, v = load_keys(
+            pages, frames, block, kv_head, stop, DIM, DIM_PADDED, N_KV, PAGE, BLOCK, False
         )
         peak, mass, total = _attend(
-            queries, k, v, position, start, peak, mass, total, scale, BLOCK, WINDOW, True
+            queries, k, v, position, block, peak, mass, total, scale, BLOCK, WINDOW, True
         )
     mass = tl.where(i < count, mass, 1.0)
     tl.store(out + at, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
