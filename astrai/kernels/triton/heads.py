@@ -125,15 +125,14 @@ def load_keys(
     key = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, DIM_PADDED)
     at = (frames.to(tl.int64) * (2 * N_KV) + head) * (PAGE * DIM) + (key % PAGE) * DIM
+    there = (d < DIM)[None, :] if WHOLE else (key < stop)[:, None]
+    if not WHOLE and DIM != DIM_PADDED:
+        there = there & (d < DIM)[None, :]
     place = pages + at[:, None] + d[None, :]
-    values = place + N_KV * PAGE * DIM
     if WHOLE and DIM == DIM_PADDED:
         k = tl.load(place)
-        v = tl.load(values)
+        v = tl.load(place + N_KV * PAGE * DIM)
     else:
-        there = (d < DIM)[None, :] if WHOLE else (key < stop)[:, None]
-        if not WHOLE and DIM != DIM_PADDED:
-            there = there & (d < DIM)[None, :]
         k = tl.load(place, mask=there, other=0.0)
-        v = tl.load(values, mask=there, other=0.0)
+        v = tl.load(place + N_KV * PAGE * DIM, mask=there, other=0.0)
     return k, v
