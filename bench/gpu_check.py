@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from astrai.bench._common import w_nano  # noqa: E402
 from astrai.bench._floor import Machine, batch_seconds, cost_of, machine  # noqa: E402
 from astrai.config import SchedulerConfig  # noqa: E402
+from astrai.inference import collector  # noqa: E402
 from astrai.inference.cache.books import Books  # noqa: E402
 from astrai.inference.cache.storage import KVCache  # noqa: E402
 from astrai.inference.engine import Engine, Message  # noqa: E402
@@ -141,8 +142,7 @@ def measure_w1(decoder: Decoder, on: Machine, runs: int = 2) -> dict[str, Any]:
     say(f"W1 warm-up {time.perf_counter() - begun:.2f} s")
     prompts, counts = w1_requests(0)
     clock = HostClock(rig)
-    gc.collect()
-    gc.freeze()  # a full collection walks everything that was imported
+    collector.settle()  # as `assemble` does
     times = []
     for _ in range(runs):
         rig.scheduler.books.drop_cached()

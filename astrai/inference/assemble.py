@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from astrai.config import EngineConfig, SchedulerConfig
+from astrai.inference import collector
 from astrai.inference.cache.books import Books
 from astrai.inference.cache.storage import KVCache
 from astrai.inference.engine import Engine, PlanRunner
@@ -69,9 +69,7 @@ def assemble(config: EngineConfig, deliver: Deliver) -> Assembled:
         device=str(loaded.decoder.device),
         load_seconds=time.perf_counter() - started,
     )
-    # What is loaded stays: the collector need not walk it again, in the middle of some tick.
-    gc.collect()
-    gc.freeze()
+    collector.settle()
     grammars = Grammars(loaded.tokenizer, loaded.config.vocab_size, loaded.eos_token_ids)
     front = Front(config, limits, loaded.tokenizer, loaded.name, budget)
     engine = Engine(scheduler, runner, deliver, config.stall_seconds, grammars)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import importlib
 import json
 import socket
@@ -18,6 +17,7 @@ import uvicorn
 
 import astrai
 from astrai.config import DoorConfig, EngineConfig
+from astrai.inference import collector
 from astrai.inference.async_engine import AsyncEngine
 from astrai.observe.logs import configure
 from astrai.server.keys import KeyRing, check_tls
@@ -162,9 +162,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        # What is loaded stays: the collector need not walk it again while streams wait.
-        gc.collect()
-        gc.freeze()
+        collector.settle()
         if self.started:  # not before a request sent at that moment would be answered
             self._ready()
 
