@@ -26,8 +26,7 @@ from astrai.kernels.triton.launch import compile_ahead, launch
 pytest.importorskip("cuda.bindings.nvrtc", reason="for Linux on x86_64")
 
 MULTIPROCESSORS = 132
-# The most rows of one tile that pay, by the kind of a product.
-MOST = {"plain": 192, "silu": 256, "parts": 224}
+KINDS = ["plain", "silu", "parts"]
 LONG = [300, 512, 1000, 16384]
 
 
@@ -47,6 +46,20 @@ class Weight(NamedTuple):
     def cut(self, n_rows: int) -> Cut | None:
         return cut_of(n_rows, self.n, self.k, self.silu, self.kind == "parts")
 
+    @property
+    def rows(self) -> range:
+        """Those of one wave of blocks that pay."""
+        numbers = self.width * self.k
+        large, narrow = numbers >= 1 << 24, 4 * self.n // 64 <= MULTIPROCESSORS
+        if numbers < 1 << 20:
+            return range(0)
+        if self.silu:
+            return range(2, 257)
+        if self.kind == "plain":
+            return range(2, 193) if large else range(65, 257)
+        most = 256 if narrow else 224 if self.k > self.n else 160
+        return range(2 if large else 129, most + 1)
+
     def kernel(self, cut: Cut, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> Kernel:
         return kernel_of(cut, dtype, self.silu, self.kind == "parts", bias)
 
@@ -54,14 +67,24 @@ class Weight(NamedTuple):
 QKV, OUTPUT = Weight(6144, 4096, "plain"), Weight(4096, 4096, "parts")
 GATE, DOWN = Weight(12288, 4096, "silu"), Weight(4096, 12288, "parts")
 SMALL_GATE, SMALL_DOWN = Weight(8192, 2048, "silu"), Weight(2048, 8192, "parts")
-WEIGHTS = [QKV, OUTPUT, GATE, DOWN, SMALL_GATE, SMALL_DOWN]
+# Qwen3-0.6B's.
+LEAST = [
+    Weight(4096, 1024, "plain"), Weight(1024, 2048, "parts"),
+    Weight(3072, 1024, "silu"), Weight(1024, 3072, "parts"),
+]  # fmt: skip
+WEIGHTS = [QKV, OUTPUT, GATE, DOWN, SMALL_GATE, SMALL_DOWN, *LEAST]
 
 
 def assert_fits(weight: Weight, n_rows: int, cut: Cut) -> None:
     """The cut fits the weight, and its kernel one multiprocessor."""
     kernel, many = weight.kernel(cut), n_rows > 256
     assert cut.many == many and (not many or weight.silu)
-    assert cut.rows % 32 == 0 and cut.rows <= 256 and (many or n_rows <= cut.rows < n_rows + 32)
+    assert cut.rows % (32 if weight.silu else 16) == 0 and cut.rows <= 256
+    if not many:  # as few tiles, of equal rows, as that takes
+        tall = -(-n_rows // cut.rows)
+        assert tall * cut.rows < n_rows + 32 * tall and (tall == 1 or cut.rows >= 48)
+        blocks = tall * cut.split * weight.width // cut.columns
+        assert blocks <= MULTIPROCESSORS or cut.split == tall == 1
     assert weight.k % (64 * cut.split) == 0
     assert many or weight.width % cut.columns == 0
     assert cut.stages >= 3 and kernel.shared_bytes == cut.shared_bytes <= SHARED_BYTES
@@ -72,7 +95,7 @@ def assert_fits(weight: Weight, n_rows: int, cut: Cut) -> None:
     assert left >= (staging if many else 0)
     if weight.kind == "parts":
         assert n_rows * weight.n * cut.split <= part_numbers(weight.n, weight.k)
-        assert cut.split == 1 or weight.n // cut.columns * cut.split <= MULTIPROCESSORS
+        assert cut.split == 1 or weight.k // cut.split >= 768
     else:
         assert cut.split == 1 and (many or staging <= stages)
     # Sums, and some twenty registers beside them.
@@ -86,21 +109,20 @@ def assert_fits(weight: Weight, n_rows: int, cut: Cut) -> None:
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_a_cut_fits_the_weight_and_the_multiprocessor(weight: Weight) -> None:
     cuts = {n_rows: cut for n_rows in range(1, 258) if (cut := weight.cut(n_rows)) is not None}
-    assert [*cuts] == [*range(2, MOST[weight.kind] + 1)]
+    assert [*cuts] == [*weight.rows]
     cuts |= {n_rows: cut for n_rows in LONG if (cut := weight.cut(n_rows)) is not None}
     assert (16384 in cuts) == weight.silu
     for n_rows, cut in cuts.items():
         assert_fits(weight, n_rows, cut)
 
 
-@given(st.sampled_from([*MOST]), st.integers(16, 600), st.integers(64, 600), st.integers(2, 40_000))
+@given(st.sampled_from(KINDS), st.integers(1, 600), st.integers(1, 600), st.integers(1, 40_000))
 def test_a_cut_of_any_size_fits(kind: str, n: int, k: int, n_rows: int) -> None:
     weight = Weight(64 * n, 64 * k, kind)
-    for rows in (2 + n_rows % (MOST[kind] - 1), n_rows):
+    for rows in (1 + n_rows % 256, n_rows):
         cut = weight.cut(rows)
         if rows <= 256:
-            pays = weight.width * weight.k >= 1 << 24
-            assert (cut is not None) == (pays and rows <= MOST[kind])
+            assert (cut is not None) == (rows in weight.rows)
         if cut is not None:
             assert_fits(weight, rows, cut)
 
@@ -108,17 +130,22 @@ def test_a_cut_of_any_size_fits(kind: str, n: int, k: int, n_rows: int) -> None:
 def test_one_wave_of_blocks_owns_the_weight_where_its_size_allows() -> None:
     assert GATE.cut(100) == Cut(128, 192)  # 128 blocks
     assert SMALL_GATE.cut(100) == Cut(128, 128)  # 128 blocks
-    assert DOWN.cut(33) == Cut(64, 64, split=2)  # 2 x 64
-    assert SMALL_DOWN.cut(224) == Cut(224, 64, split=4)  # 4 x 32
-    assert Weight(4096, 12288 + 64, "parts").cut(33) == Cut(64, 64)  # steps that two cannot share
+    assert DOWN.cut(33) == Cut(48, 64, split=2)  # 2 x 64
+    assert SMALL_DOWN.cut(100) == Cut(112, 64, split=4)  # 4 x 32
+    assert SMALL_DOWN.cut(224) == Cut(112, 64, split=2)  # 2 x 2 x 32
+    assert LEAST[0].cut(200) == Cut(112, 64)  # 2 x 64
+    assert LEAST[1].cut(256) == Cut(64, 64, split=2)  # 4 x 2 x 16
+    assert LEAST[3].cut(256) == Cut(128, 64, split=4)  # 2 x 4 x 16
+    assert Weight(4096, 12288 + 64, "parts").cut(33) == Cut(48, 64)  # steps that two cannot share
     assert GATE.cut(16384) == Cut(256, 192, many=True)
 
 
 @pytest.mark.parametrize(
     ("n_rows", "weight"),
     [
-        (1, GATE), (257, GATE), (257, DOWN), (193, QKV), (225, OUTPUT), (300, GATE),
-        (64, Weight(1024, 1024, "plain")), (64, Weight(12288, 4096 + 32, "silu")),
+        (1, GATE), (257, GATE), (257, DOWN), (193, QKV), (161, OUTPUT), (225, DOWN), (300, GATE),
+        (64, LEAST[0]), (128, LEAST[1]), (128, LEAST[3]), (200, Weight(960, 1024, "plain")),
+        (64, Weight(12288, 4096 + 32, "silu")),
         (64, Weight(12288 + 16, 4096, "silu")), (64, Weight(4096 + 8, 12288, "parts")),
         (16384, Weight(12288, 4096 + 32, "silu")), (16384, Weight(12288 + 16, 4096, "silu")),
     ],
@@ -127,7 +154,7 @@ def test_what_does_not_fit_or_pay_is_left_to_others(n_rows: int, weight: Weight)
     assert weight.cut(n_rows) is None
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kernel_compiles_with_its_numbers_in_registers(kind: str) -> None:
     sources: set[Source] = set()
     for weight in (weight for weight in WEIGHTS if weight.kind == kind):
@@ -208,7 +235,7 @@ def test_a_warm_up_starts_a_compilation_and_does_not_wait(
         (4, 128, (1, 4, 64), Cut(32, 64, 2), False, "equal parts"),
         (4, 128, (4, 64), Cut(32, 64, 2), False, "equal parts"),
         (4, 128, (2, 4, 64), Cut(32, 64, 2), True, "equal parts"),
-        (40, 128, (40, 64), Cut(32, 64), False, "expected to fit"),
+        (40, 128, (40, 64), Cut(48, 64), True, "expected to fit"),
         (4, 96, (4, 64), Cut(32, 64), False, "expected to fit"),
         (4, 192, (2, 4, 64), Cut(32, 64, 2), False, "expected to fit"),
         (4, 128, (4, 96), Cut(32, 64), False, "expected to fit"),
@@ -256,7 +283,7 @@ def test_what_the_kernel_would_misread_is_refused(changed: dict[str, Any], messa
     ("n_rows", "weight", "grid"),
     [
         (192, QKV, (96, 1)), (256, GATE, (128, 1)), (224, DOWN, (64, 2)),
-        (224, SMALL_DOWN, (32, 4)), (16384, GATE, (132, 1)),
+        (224, SMALL_DOWN, (64, 2)), (16384, GATE, (132, 1)), (256, LEAST[1], (64, 2)),
         (2560, Weight(1024, 512, "silu"), (110, 1)),  # 10 x 11 tiles
     ],
 )  # fmt: skip

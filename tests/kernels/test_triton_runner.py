@@ -138,7 +138,8 @@ def test_same_tokens_where_hopper_has_a_kernel_of_its_own(
 
     whole = GpuModel._scratch
     monkeypatch.setattr(GpuModel, "_scratch", scratch)
-    monkeypatch.setattr(hopper, "_LEAST_NUMBERS", 0)
+    for name, number in {"_LEAST_NUMBERS": 0, "_LARGE": 0, "_LEAST_SHARE": 64}.items():
+        monkeypatch.setattr(hopper, name, number)
     monkeypatch.setitem(hopper._NUMBERS, torch.float32, "f32")
     monkeypatch.setattr(hopper, "product", product)
     expected, *_ = run(decoder, "plain", 40, make_tasks(8))

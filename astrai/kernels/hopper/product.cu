@@ -3,7 +3,7 @@
 // A block computes tiles one after another, or a share of the sum over K of one tile. One warp asks
 // the copy engine for the next STAGES steps of weight and x, across the borders of tiles; each group
 // of four warps multiplies 64 columns with all rows. x is the narrow operand, so that ROWS is any
-// multiple of 32; with all rows in one tile, a weight is read once.
+// multiple of 16 (of 32 with SILU).
 //
 //     full[s]:  the copies into stage s have arrived        (copy engine -> groups)
 //     empty[s]: all groups have multiplied what was there   (groups -> copying warp)
@@ -30,9 +30,9 @@ constexpr int LINE = STEP * 2;
 constexpr int STAGE = (COLUMNS + ROWS) * LINE;
 constexpr int WIDE = SILU ? COLUMNS / 2 : COLUMNS;  // columns of the output
 constexpr int PITCH = WIDE * 2 + 16;                // of the staged output
-// Tiles are computed in bands of this many rows of tiles, column by column: what the blocks read at
-// a time then fits the cache.
-constexpr int BAND = 8;
+// Tiles that follow each other go in bands of this many rows of tiles, column by column: what the
+// blocks read at a time then fits the cache. Else all are computed at a time, row by row.
+constexpr int BAND = MANY ? 8 : 1;
 // A step of a weight is read once, or once for every ROWS rows; one of x by every block.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * 128 + (REBALANCE ? 128 : 3
     for (int j = 0; j < ROWS / 8; j++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const int row = 8 * j + 2 * (lane % 4) + e;
+        const int row = tile.row + 8 * j + 2 * (lane % 4) + e;
         if (row < n_rows) {
           to[(long long)row * n] = sums[4 * j + e];
           to[(long long)row * n + 8] = sums[4 * j + 2 + e];

@@ -1,4 +1,4 @@
-"""Products on Hopper: of large weights with 2 to 256 rows, and gate, up and SiLU of any more.
+"""Products on Hopper: with 2 to 256 rows, and gate, up and SiLU of any more.
 
 The same as `astrai.kernels.triton.product`, with what a Triton program cannot have: columns that
 need not be a power of two, so that one wave of blocks owns all of a weight; rows in steps of 32;
@@ -19,10 +19,16 @@ from astrai.kernels.hopper.build import SHARED_BYTES, Kernel, Source, tensor_map
 from astrai.kernels.triton.launch import launch
 
 MOST_ROWS = 256  # of one tile
-# Narrow blocks: past this many rows they wait for x, and the library's products are faster.
-_MOST_PLAIN_ROWS, _MOST_PART_ROWS = 192, 224
-# Numbers of the smallest weight for which these are faster than Triton's and the library's.
-_LEAST_NUMBERS = 1 << 24
+# Numbers of a weight that is worth it, and of one that is large.
+_LEAST_NUMBERS, _LARGE = 1 << 20, 1 << 24
+# Others are faster with fewer rows of a small weight, and with more in one narrow tile: of a large
+# weight if nothing is shared, of any if sums are, and sooner if the weight is no longer than wide.
+_LEAST_PLAIN, _MOST_PLAIN = 65, 192
+_LEAST_PARTS, _MOST_PARTS, _MOST_WIDE_PARTS = 129, 224, 160
+# More rows than this are two tiles, if one wave of blocks computes both.
+_ONE_TILE, _ONE_SHARED_TILE = 96, 128
+# Tiles of rows are not made smaller than this to have more blocks, nor shares of K.
+_LEAST_ROWS, _LEAST_SHARE = 56, 768
 # With more rows than a tile's, at least this share of what the blocks compute must be of use.
 _LEAST_USED = 0.75
 _MULTIPROCESSORS = 132
@@ -65,27 +71,71 @@ class Cut(NamedTuple):
 def cut_of(n_rows: int, n: int, k: int, silu: bool = False, parts: bool = False) -> Cut | None:
     """For n_rows of x and a weight [n, k] ([2 n, k] with SiLU); None: leave it to others.
 
-    parts: sums may be shared. Equal work for every multiprocessor, in blocks as wide as it allows:
-    x is read by each of them.
+    parts: sums may be shared. What measured fastest: one wave of blocks, narrow ones where that
+    gives every multiprocessor its own.
     """
     width = 2 * n if silu else n
-    if n_rows < 2 or width % 64 or k % _STEP:
+    numbers = width * k
+    if n_rows < 2 or width % 64 or k % _STEP or numbers < _LEAST_NUMBERS:
         return None
-    if silu and n_rows > MOST_ROWS:
-        cut = Cut(MOST_ROWS, 192, many=True)
-        computed = _waves(cut, n_rows, width) * _MULTIPROCESSORS * cut.rows * cut.columns
-        return cut if n_rows * width >= _LEAST_USED * computed else None
-    most = MOST_ROWS if silu else _MOST_PART_ROWS if parts else _MOST_PLAIN_ROWS
-    if n_rows > most or width * k < _LEAST_NUMBERS:
+    if silu:
+        return _gated_cut(n_rows, width)
+    if parts:
+        return _shared_cut(n_rows, width, k)
+    return _plain_cut(n_rows, width, numbers >= _LARGE)
+
+
+def _plain_cut(n_rows: int, width: int, large: bool) -> Cut | None:
+    least, most = (2, _MOST_PLAIN) if large else (_LEAST_PLAIN, MOST_ROWS)
+    if not least <= n_rows <= most:
         return None
-    rows = -(-n_rows // 32) * 32
-    if not parts:
-        fits = [Cut(rows, columns) for columns in (192, 128, 64) if width % columns == 0]
-        return min(fits, key=lambda cut: _waves(cut, n_rows, width) * cut.columns)
+    cut = _whole_cut(n_rows, width)
+    if large or n_rows <= _ONE_TILE or 2 * width // cut.columns > _MULTIPROCESSORS:
+        return cut
+    return cut._replace(rows=_tile_rows(n_rows, 2))
+
+
+def _gated_cut(n_rows: int, width: int) -> Cut | None:
+    if n_rows <= MOST_ROWS:
+        return _whole_cut(n_rows, width)
+    cut = Cut(MOST_ROWS, 192, many=True)
+    computed = _waves(cut, n_rows, width) * _MULTIPROCESSORS * cut.rows * cut.columns
+    return cut if n_rows * width >= _LEAST_USED * computed else None
+
+
+def _whole_cut(n_rows: int, width: int) -> Cut:
+    """All rows in one tile, and blocks as wide as one wave of them allows: x is read by each."""
+    rows = _up(n_rows, 32)
+    fits = [Cut(rows, columns) for columns in (192, 128, 64) if width % columns == 0]
+    return min(fits, key=lambda cut: _waves(cut, n_rows, width) * cut.columns)
+
+
+def _shared_cut(n_rows: int, width: int, k: int) -> Cut | None:
+    columns = width // 64
+    tall = 2 if n_rows > _ONE_SHARED_TILE and 4 * columns <= _MULTIPROCESSORS else 1
+    least = _LEAST_PARTS if width * k < _LARGE else 2
+    most = MOST_ROWS if tall == 2 else _MOST_PARTS if k > width else _MOST_WIDE_PARTS
+    if not least <= n_rows <= most:
+        return None
     split = 1
-    while 2 * split * width // 64 <= _MULTIPROCESSORS and k % (2 * split * _STEP) == 0:
+    while (
+        2 * split * tall * columns <= _MULTIPROCESSORS
+        and k % (2 * split * _STEP) == 0
+        and k // (2 * split) >= _LEAST_SHARE
+    ):
         split *= 2
-    return Cut(rows, 64, split)
+    while 2 * split * tall * columns <= _MULTIPROCESSORS and n_rows // (2 * tall) >= _LEAST_ROWS:
+        tall *= 2
+    return Cut(_tile_rows(n_rows, tall), 64, split)
+
+
+def _tile_rows(n_rows: int, tall: int) -> int:
+    """Of each of `tall` tiles."""
+    return _up(-(-n_rows // tall), 16)
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 def _tiles(cut: Cut, n_rows: int, width: int) -> int:
@@ -98,8 +148,8 @@ def _waves(cut: Cut, n_rows: int, width: int) -> int:
 
 def part_numbers(n: int, k: int) -> int:
     """float32 numbers that the parts of a weight [n, k] need, whatever the rows."""
-    cut = cut_of(_MOST_PART_ROWS, n, k, parts=True)
-    return 0 if cut is None else _MOST_PART_ROWS * n * cut.split
+    cuts = ((m, cut_of(m, n, k, parts=True)) for m in range(1, MOST_ROWS + 1))
+    return max((m * n * cut.split for m, cut in cuts if cut is not None), default=0)
 
 
 @cache
@@ -145,7 +195,8 @@ def _check(
     if (out.shape[0] if parts else 1) != cut.split or (parts and (silu or bias is not None)):
         raise ValueError(f"{tuple(out.shape) = }, {cut.split = }, {silu = }, expected equal parts")
     width = 2 * n if silu else n
-    fits = silu if cut.many else n_rows <= cut.rows and width % cut.columns == 0
+    fits = silu if cut.many else width % cut.columns == 0
+    fits = fits and cut.rows % (32 if silu else 16) == 0
     if not fits or k % (_STEP * cut.split) or n % 8:
         raise ValueError(f"{tuple(x.shape) = }, {tuple(weight.shape) = }, expected to fit {cut}")
     if x.dtype not in _NUMBERS:
