@@ -139,7 +139,7 @@ class GpuModel:
                     layer, rows, plans[layer.window], buffers["qkv"], buffers["attended"]
                 ),
             )
-            _product(self.head, states, logits)
+            self._multiply(self.head, states, logits)
         return logits
 
     def _plan(self, rows: Rows) -> dict[int | None, DecodePlan]:
@@ -256,11 +256,9 @@ class GpuModel:
         The weights are read once for steps and chunks. tiles: see `prefill_attention`, of `chunks`.
         """
         n, eps, tables = len(steps.slots), self.config.rms_norm_eps, self.state.tables
-        widths = _widths(self.config)
         total = n + len(chunks.slots)
-        buffers = {name: self._new(total, width) for name, width in widths.items()}
+        buffers = {name: self._new(total, width) for name, width in _widths(self.config).items()}
         hidden, qkv, attended = buffers["hidden"], buffers["qkv"], buffers["attended"]
-        queries = self._new(len(chunks.slots), widths["attended"])
         for rows, out in ((steps, hidden[:n]), (chunks, hidden[n:])):
             if len(out):
                 embed(self.embedding, rows.tokens, rows.slots, rows.positions, self.state.last, out)
@@ -269,14 +267,15 @@ class GpuModel:
         def attend(layer: _Layer) -> None:
             if n:
                 self._attend(layer, steps, plans[layer.window], qkv[:n], attended[:n])
+            rope = self.rope if layer.rope else None
             write_keys(
-                qkv[n:], queries, layer.pages, tables, chunks.slots, chunks.positions,
-                q_weight=layer.q_norm, k_weight=layer.k_norm,
-                rope=self.rope if layer.rope else None, eps=eps,
+                qkv[n:], layer.pages, tables, chunks.slots, chunks.positions,
+                k_weight=layer.k_norm, rope=rope, eps=eps,
             )  # fmt: skip
             prefill_attention(
-                queries, attended[n:], layer.pages, tables, tiles, n_tiles, window=layer.window
-            )
+                qkv[n:], attended[n:], layer.pages, tables, tiles, n_tiles,
+                q_weight=layer.q_norm, rope=rope, eps=eps, window=layer.window,
+            )  # fmt: skip
 
         return self._matrix_layers(
             buffers, attend, lambda x: x if ends is None else pick_ends(x, n, ends)
@@ -286,7 +285,7 @@ class GpuModel:
         """[R, vocab_size] of R of the states that `prefill` returned, at most max_slots +
         SPARE_ROWS; the next call overwrites them."""
         out = self._logits[: len(states)]
-        _product(self.head, states, out)
+        self._multiply(self.head, states, out)
         return out
 
     def compile_long(self, n_rows: int) -> None:
@@ -315,13 +314,12 @@ def workspace_bytes(config: ModelConfig, itemsize: int, max_slots: int, max_chun
     """
     widths = _widths(config)
     step = sum(widths.values())
-    chunk = step + widths["attended"]  # queries stand beside what they attended
     picked = 2 * max_slots * (widths["hidden"] + widths["attended"])
     logits = (max_slots + SPARE_ROWS) * config.vocab_size
     scratch = 12 * min(max_slots, DEVICE_ROWS) * config.vocab_size + 4 * _part_numbers(config)
     scratch += 4 * max_slots * (ROOM + config.vocab_size // BLOCK)
     scratch += edit_bytes(config.vocab_size, max_slots)
-    numbers = max_slots * step + (max_chunk + max_slots) * chunk + picked + logits
+    numbers = (max_chunk + 2 * max_slots) * step + picked + logits
     return itemsize * numbers + scratch
 
 

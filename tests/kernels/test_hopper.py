@@ -43,6 +43,11 @@ class Weight(NamedTuple):
     def width(self) -> int:
         return 2 * self.n if self.silu else self.n
 
+    @property
+    def in_one_wave(self) -> bool:
+        waves = {c: -(-self.n // c // MULTIPROCESSORS) for c in (192, 128, 64) if self.n % c == 0}
+        return waves[min(waves, key=lambda columns: columns * waves[columns])] == 1
+
     def cut(self, n_rows: int) -> Cut | None:
         return cut_of(n_rows, self.n, self.k, self.silu, self.kind == "parts")
 
@@ -55,8 +60,10 @@ class Weight(NamedTuple):
             return range(0)
         if self.silu:
             return range(2, 257)
+        if self.kind == "plain" and large:
+            return range(2, 193 if self.in_one_wave else 161)
         if self.kind == "plain":
-            return range(2, 193) if large else range(65, 257)
+            return range(65, 257)
         most = 256 if narrow else 224 if self.k > self.n else 160
         return range(2 if large else 129, most + 1)
 
@@ -72,7 +79,8 @@ LEAST = [
     Weight(4096, 1024, "plain"), Weight(1024, 2048, "parts"),
     Weight(3072, 1024, "silu"), Weight(1024, 3072, "parts"),
 ]  # fmt: skip
-WEIGHTS = [QKV, OUTPUT, GATE, DOWN, SMALL_GATE, SMALL_DOWN, *LEAST]
+HEAD = Weight(151936, 1024, "plain")
+WEIGHTS = [QKV, OUTPUT, GATE, DOWN, SMALL_GATE, SMALL_DOWN, *LEAST, HEAD]
 
 
 def assert_fits(weight: Weight, n_rows: int, cut: Cut) -> None:
@@ -137,13 +145,15 @@ def test_one_wave_of_blocks_owns_the_weight_where_its_size_allows() -> None:
     assert LEAST[1].cut(256) == Cut(64, 64, split=2)  # 4 x 2 x 16
     assert LEAST[3].cut(256) == Cut(128, 64, split=4)  # 2 x 4 x 16
     assert Weight(4096, 12288 + 64, "parts").cut(33) == Cut(48, 64)  # steps that two cannot share
+    assert HEAD.cut(33) == Cut(64, 128)  # nine waves
     assert GATE.cut(16384) == Cut(256, 192, many=True)
 
 
 @pytest.mark.parametrize(
     ("n_rows", "weight"),
     [
-        (1, GATE), (257, GATE), (257, DOWN), (193, QKV), (161, OUTPUT), (225, DOWN), (300, GATE),
+        (1, GATE), (257, GATE), (257, DOWN), (193, QKV), (161, HEAD), (161, OUTPUT), (225, DOWN),
+        (300, GATE),
         (64, LEAST[0]), (128, LEAST[1]), (128, LEAST[3]), (200, Weight(960, 1024, "plain")),
         (64, Weight(12288, 4096 + 32, "silu")),
         (64, Weight(12288 + 16, 4096, "silu")), (64, Weight(4096 + 8, 12288, "parts")),

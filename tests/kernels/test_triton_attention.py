@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tests.kernels.triton_interpreter  # noqa: F401  (before the kernels)
 from astrai.inference.cache.storage import KVCache
 from astrai.kernels.attention import AttentionBatch
 from astrai.kernels.attention.reference import ReferenceAttention
 from astrai.kernels.attention.triton import TritonAttention
+from astrai.kernels.triton.prefill_attention import TILE, prefill_attention, write_keys
 
 
 class Case(NamedTuple):
@@ -77,6 +79,72 @@ def test_same_as_reference_and_reads_nothing_unwritten(case: Case) -> None:
         for p in range(start, start + count):
             at = (slice(None), table[p // case.page], slice(None), p % case.page)
             assert torch.equal(full.pages[at], poisoned.pages[at])
+
+
+TURNED = [
+    Case(64, 2, 2, 16, None, [63, 0], [3, 70]),
+    Case(128, 3, 1, 64, 70, [130, 1], [5, 66]),
+    Case(96, 1, 3, 32, None, [10, 64], [40, 2]),
+    Case(256, 1, 2, 128, 20, [127], [9]),
+    Case(32, 5, 1, 16, None, [0], [11]),
+]
+
+
+@pytest.mark.parametrize("norm, rope", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("case", TURNED)
+def test_prefill_norms_and_turns(case: Case, norm: bool, rope: bool) -> None:
+    full, poisoned, tables = pools(case)
+    heads, dim, eps = case.kv_heads * case.group, case.dim, 1e-5
+    config: Any = SimpleNamespace(
+        n_heads=heads, n_kv_heads=case.kv_heads, head_dim=dim, layer_windows=(case.window,)
+    )
+    entries = list(enumerate(zip(case.starts, case.counts)))
+    at = [(i, p) for i, (start, count) in entries for p in range(start, start + count)]
+    # Rows of padding follow, which belong to no tile; no position has angles past the last one.
+    slots, positions = torch.tensor([*at, (0, -1), (0, -1)], dtype=torch.int32).T.contiguous()
+    qkv = torch.randn(len(slots), (heads + 2 * case.kv_heads) * dim)
+    qkv[len(at) :] = float("nan")
+    angles = torch.rand(int(positions.max()) + 1, dim // 2) * 6
+    tables_of_rope = (angles.cos(), angles.sin())
+    gains = torch.rand(2, dim) + 0.5
+
+    def turned(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        if norm:
+            x = F.rms_norm(x, (dim,), gain, eps)
+        if rope:
+            cosine, sine = (table[positions[: len(at)].long(), None] for table in tables_of_rope)
+            low, high = x.chunk(2, dim=-1)
+            x = torch.cat((low * cosine - high * sine, high * cosine + low * sine), dim=-1)
+        return x
+
+    q, k, v = qkv[: len(at)].view(len(at), -1, dim).split((heads, *(2 * [case.kv_heads])), dim=1)
+    reference = ReferenceAttention(full, config)
+    reference.plan(AttentionBatch(case.starts, case.counts, tables, []))
+    expected = reference.run(0, turned(q, gains[0]), turned(k, gains[1]), v)
+
+    width = max(map(len, tables))
+    frames = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
+    tiles, row = [[0, 0, 0, 0]], 0  # the first is padding
+    for i, (start, count) in entries:
+        for done in range(0, count, TILE):
+            tiles.append([row + done, start + done, min(TILE, count - done), i])
+        row += count
+    how: Any = {"rope": tables_of_rope if rope else None, "eps": eps}
+    before, found = poisoned.pages.clone(), torch.full((len(slots), heads * dim), float("nan"))
+    write_keys(
+        qkv, poisoned.pages[0], frames, slots, positions, k_weight=gains[1] if norm else None, **how
+    )
+    prefill_attention(
+        qkv, found, poisoned.pages[0], frames, torch.tensor(tiles, dtype=torch.int32), len(tiles),
+        q_weight=gains[0] if norm else None, window=case.window, **how,
+    )  # fmt: skip
+    assert (found[: len(at)] - expected).abs().max().item() < 1e-5
+    assert found[len(at) :].isnan().all()
+    for i, p in at:
+        place = (0, tables[i][p // case.page], slice(None), p % case.page)
+        torch.testing.assert_close(poisoned.pages[place], full.pages[place], rtol=1e-5, atol=1e-6)
+        before[place] = poisoned.pages[place]
+    assert torch.equal(before.nan_to_num(7.0), poisoned.pages.nan_to_num(7.0))  # nothing else
 
 
 def test_a_second_tick_finds_clean_counters() -> None:

@@ -69,11 +69,10 @@ class TritonAttention:
         pages, window = self.kv.pages[layer], self.config.layer_windows[layer]
         if (chunks := self._chunks) is not None:
             rows = qkv[chunks.rows]
-            queries = rows.new_empty(len(rows), out.shape[1])
-            write_keys(rows, queries, pages, self._tables, chunks.slots, chunks.positions)
-            part = torch.empty_like(queries)
+            write_keys(rows, pages, self._tables, chunks.slots, chunks.positions)
+            part = out.new_empty(len(rows), out.shape[1])
             prefill_attention(
-                queries, part, pages, self._tables, chunks.tiles, len(chunks.tiles), window=window
+                rows, part, pages, self._tables, chunks.tiles, len(chunks.tiles), window=window
             )
             out[chunks.rows] = part
         if (steps := self._steps) is not None and self._shape is not None:

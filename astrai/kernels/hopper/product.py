@@ -22,8 +22,9 @@ MOST_ROWS = 256  # of one tile
 # Numbers of a weight that is worth it, and of one that is large.
 _LEAST_NUMBERS, _LARGE = 1 << 20, 1 << 24
 # Others are faster with fewer rows of a small weight, and with more in one narrow tile: of a large
-# weight if nothing is shared, of any if sums are, and sooner if the weight is no longer than wide.
-_LEAST_PLAIN, _MOST_PLAIN = 65, 192
+# weight if no sums are shared, sooner if it takes several waves of blocks; of any if they are, and
+# sooner if the weight is no longer than wide.
+_LEAST_PLAIN, _MOST_PLAIN, _MOST_IN_WAVES = 65, 192, 160
 _LEAST_PARTS, _MOST_PARTS, _MOST_WIDE_PARTS = 129, 224, 160
 # More rows than this are two tiles, if one wave of blocks computes both.
 _ONE_TILE, _ONE_SHARED_TILE = 96, 128
@@ -86,10 +87,12 @@ def cut_of(n_rows: int, n: int, k: int, silu: bool = False, parts: bool = False)
 
 
 def _plain_cut(n_rows: int, width: int, large: bool) -> Cut | None:
-    least, most = (2, _MOST_PLAIN) if large else (_LEAST_PLAIN, MOST_ROWS)
+    cut = _whole_cut(n_rows, width)
+    least, most = _LEAST_PLAIN, MOST_ROWS
+    if large:
+        least, most = 2, _MOST_PLAIN if _waves(cut, n_rows, width) == 1 else _MOST_IN_WAVES
     if not least <= n_rows <= most:
         return None
-    cut = _whole_cut(n_rows, width)
     if large or n_rows <= _ONE_TILE or 2 * width // cut.columns > _MULTIPROCESSORS:
         return cut
     return cut._replace(rows=_tile_rows(n_rows, 2))

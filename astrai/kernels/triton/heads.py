@@ -102,6 +102,52 @@ def turn_heads(
 
 
 @triton.jit
+def load_turned(
+    x: tl.tensor, live: tl.tensor, weight: tl.tensor, cosines: tl.tensor, sines: tl.tensor,
+    position: tl.tensor, eps: tl.tensor,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """float32 [rows, DIM_PADDED]: heads at pointers `x` [rows, 1], normed, turned to `position`
+    [rows, 1]; 0 where not `live`, of which nothing is loaded."""
+    HALF: tl.constexpr = DIM // 2
+    if ROPE and DIM == DIM_PADDED:
+        # Half by half, as each is the other's partner: every number and angle is loaded once, and
+        # takes one register.
+        h = tl.arange(0, HALF)
+        low = tl.load(x + h[None, :], mask=live, other=0.0).to(tl.float32)
+        high = tl.load(x + HALF + h[None, :], mask=live, other=0.0).to(tl.float32)
+        if NORM:
+            low_gain = tl.load(weight + h).to(tl.float32)
+            high_gain = tl.load(weight + HALF + h).to(tl.float32)
+        cosine = tl.load(cosines + position * HALF + h[None, :], mask=live, other=0.0)
+        sine = tl.load(sines + position * HALF + h[None, :], mask=live, other=0.0)
+        if NORM:
+            # To the bit as in `turn_heads`: 8 neighbours are added up first, then the two halves.
+            low_sum = tl.sum(tl.reshape(low * low, (low.shape[0], HALF // 8, 8)), axis=2)
+            high_sum = tl.sum(tl.reshape(high * high, (low.shape[0], HALF // 8, 8)), axis=2)
+            rstd = tl.rsqrt(tl.sum(low_sum + high_sum, axis=1) / DIM + eps)[:, None]
+            low = low * rstd * low_gain[None, :]
+            high = high * rstd * high_gain[None, :]
+        own = tl.join(low * cosine + high * -sine, high * cosine + low * sine)
+        own = tl.reshape(tl.permute(own, (0, 2, 1)), (low.shape[0], DIM))
+    else:
+        d = tl.arange(0, DIM_PADDED)[None, :]
+        own, other = load_heads(x, live, DIM, DIM_PADDED, ROPE)
+        own_gain, other_gain = load_gains(weight, DIM, DIM_PADDED, NORM)
+        if ROPE:
+            angle = position * HALF + d % HALF
+            cosine = tl.load(cosines + angle, mask=live & (d < DIM), other=0.0)
+            sine = tl.load(sines + angle, mask=live & (d < DIM), other=0.0)
+        if NORM:
+            rstd = tl.rsqrt(tl.sum(own * own, axis=1) / DIM + eps)[:, None]
+            own = own * rstd * own_gain[None, :]
+            other = other * rstd * other_gain[None, :]
+        if ROPE:
+            own = own * cosine + other * tl.where(d < HALF, -sine, sine)
+    return own
+
+
+@triton.jit
 def frames_of(
     table: tl.tensor, block: tl.tensor, stop: tl.tensor, PAGE: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:  # fmt: skip

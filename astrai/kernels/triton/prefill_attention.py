@@ -1,5 +1,6 @@
-"""Ragged prefill: q/k norm, rope and KV write, then causal attention through the page tables.
+"""Ragged prefill: K and V to the pages, then causal attention through the page tables.
 
+Each of the two kernels does the norm and rope of what it loads: of K the first, of q the second.
 A tile is up to `TILE` rows of one entry. The keys of its earlier chunks, of a shared prefix and of
 the tile itself are all read from the pages, which the first kernel has filled.
 """
@@ -10,120 +11,102 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from astrai.kernels.triton.heads import (
-    frames_of,
-    load_angles,
-    load_gains,
-    load_heads,
-    load_keys,
-    turn_heads,
-)
+from astrai.kernels.triton.heads import frames_of, load_keys, load_turned
 from astrai.kernels.triton.launch import launch
 
 # Query rows of one tile; `tiles` int32 [n_tiles, 4] holds (first row, first position, rows, slot).
 TILE = 64
-# Heads that one program of the writing kernel turns.
-_HEADS = 8
+# KV heads of one program of the writing kernel, of several rows if a row has fewer.
+_HEADS = 16
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["n_rows", "table_stride"])
 def _write_kernel(
     qkv: tl.tensor,
-    q_out: tl.tensor,
     pages: tl.tensor,
     tables: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
-    q_weight: tl.tensor,
     k_weight: tl.tensor,
     cosines: tl.tensor,
     sines: tl.tensor,
+    n_rows: tl.tensor,
     table_stride: tl.tensor,
     eps: tl.tensor,
     N_HEADS: tl.constexpr,
     N_KV: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    HEADS: tl.constexpr,
     PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + row)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    d = tl.arange(0, DIM_PADDED)
-    inside = (d < DIM)[None, :]
-    source = qkv + row * ((N_HEADS + 2 * N_KV) * DIM)
-    cosine, sine = load_angles(cosines, sines, tl.maximum(position, 0), DIM, DIM_PADDED, ROPE)
-    if tl.program_id(1) * HEADS < N_HEADS:
-        live = (h < N_HEADS)[:, None]
-        there = live & inside
-        gain, other_gain = load_gains(q_weight, DIM, DIM_PADDED, NORM)
-        q, other = load_heads(source + h[:, None] * DIM, live, DIM, DIM_PADDED, ROPE)
-        q = turn_heads(q, other, gain, other_gain, cosine, sine, eps, DIM, NORM, ROPE)
-        target = q_out + row * (N_HEADS * DIM) + h[:, None] * DIM + d[None, :]
-        tl.store(target, q.to(q_out.dtype.element_ty), mask=there)
-    if (tl.program_id(1) * HEADS < N_KV) & (position >= 0):
-        live = (h < N_KV)[:, None]
-        there = live & inside
-        slot = tl.load(slots + row).to(tl.int64)
-        frame = tl.load(tables + slot * table_stride + position // PAGE).to(tl.int64)
-        at = (frame * (2 * N_KV) + h) * (PAGE * DIM) + (position % PAGE) * DIM
-        gain, other_gain = load_gains(k_weight, DIM, DIM_PADDED, NORM)
-        places = source + (N_HEADS + h)[:, None] * DIM
-        k, other = load_heads(places, live, DIM, DIM_PADDED, ROPE)
-        k = turn_heads(k, other, gain, other_gain, cosine, sine, eps, DIM, NORM, ROPE)
-        v = tl.load(source + (N_HEADS + N_KV + h)[:, None] * DIM + d[None, :], mask=there)
-        target = pages + at[:, None] + d[None, :]
-        tl.store(target, k.to(pages.dtype.element_ty), mask=there)
-        tl.store(target + N_KV * PAGE * DIM, v.to(pages.dtype.element_ty), mask=there)
+    # The KV heads of all rows, end to end.
+    i = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    row = i // N_KV
+    head = i % N_KV
+    position = tl.load(positions + row, mask=row < n_rows, other=-1)
+    live = position >= 0
+    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    frame = tl.load(tables + slot * table_stride + position // PAGE, mask=live, other=0)
+    at = (frame.to(tl.int64) * (2 * N_KV) + head) * (PAGE * DIM) + (position % PAGE) * DIM
+    d = tl.arange(0, DIM_PADDED)[None, :]
+    live = live[:, None]
+    there = live & (d < DIM)
+    source = qkv + row.to(tl.int64) * ((N_HEADS + 2 * N_KV) * DIM) + (N_HEADS + head) * DIM
+    source = source[:, None]
+    v = tl.load(source + N_KV * DIM + d, mask=there, other=0.0)
+    k = load_turned(
+        source, live, k_weight, cosines, sines, position[:, None], eps, DIM, DIM_PADDED, NORM, ROPE
+    )
+    target = pages + at[:, None] + d
+    tl.store(target, k.to(pages.dtype.element_ty), mask=there)
+    tl.store(target + N_KV * PAGE * DIM, v.to(pages.dtype.element_ty), mask=there)
 
 
 def write_keys(
     qkv: Tensor,
-    q_out: Tensor,
     pages: Tensor,
     tables: Tensor,
     slots: Tensor,
     positions: Tensor,
     *,
-    q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    heads: int = _HEADS,
+    warps: int = 4,
 ) -> None:
-    """Norm and rope of q into q_out [T, n_heads * head_dim], K and V into the pages.
+    """K, after norm and rope, and V of every row into the pages.
 
     qkv: [T, (n_heads + 2 * n_kv_heads) * head_dim]; slots, positions: int32 [T]; a row at
-    position -1 writes nothing. See `decode_attention` for the others.
+    position -1 writes nothing. heads: of one program, a power of two. See `decode_attention` for
+    the others.
     """
     n_kv, page, dim = pages.shape[1] // 2, pages.shape[2], pages.shape[3]
-    n_heads = q_out.shape[1] // dim
     cosines, sines = rope if rope is not None else (qkv, qkv)
-    heads = min(_HEADS, triton.next_power_of_2(n_heads))
-    launch(_write_kernel, (qkv.shape[0], triton.cdiv(n_heads, heads)))(
+    launch(_write_kernel, (triton.cdiv(qkv.shape[0] * n_kv, heads),))(
         qkv,
-        q_out,
         pages,
         tables,
         slots,
         positions,
-        q_weight if q_weight is not None else qkv,
         k_weight if k_weight is not None else qkv,
         cosines,
         sines,
+        qkv.shape[0],
         tables.stride(0),
         eps,
-        N_HEADS=n_heads,
+        N_HEADS=qkv.shape[1] // dim - 2 * n_kv,
         N_KV=n_kv,
         DIM=dim,
         DIM_PADDED=triton.next_power_of_2(dim),
-        HEADS=heads,
         PAGE=page,
-        NORM=q_weight is not None,
+        HEADS=heads,
+        NORM=k_weight is not None,
         ROPE=rope is not None,
-        num_warps=4,
+        num_warps=warps,
     )
 
 
@@ -151,13 +134,17 @@ def _attend(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
-    q: tl.tensor,
+    qkv: tl.tensor,
     out: tl.tensor,
     pages: tl.tensor,
     tables: tl.tensor,
     tiles: tl.tensor,
+    q_weight: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
+    eps: tl.tensor,
     N_HEADS: tl.constexpr,
     N_KV: tl.constexpr,
     DIM: tl.constexpr,
@@ -166,6 +153,8 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
 ) -> None:
     tile = tiles + 4 * tl.program_id(0)
     first_row = tl.load(tile).to(tl.int64)
@@ -175,11 +164,17 @@ def _prefill_kernel(
     head = tl.program_id(1)
     kv_head = head // (N_HEADS // N_KV)
     i = tl.arange(0, TILE)
-    d = tl.arange(0, DIM_PADDED)
-    inside = (i < count)[:, None] & (d < DIM)[None, :]
-    at = (first_row + i)[:, None] * (N_HEADS * DIM) + head * DIM + d[None, :]
-    queries = tl.load(q + at, mask=inside, other=0.0)
     position = first + i
+    row = (first_row + i)[:, None]
+    live = (i < count)[:, None]
+    places = qkv + row * ((N_HEADS + 2 * N_KV) * DIM) + head * DIM
+    q = load_turned(
+        places, live, q_weight, cosines, sines, position[:, None], eps, DIM, DIM_PADDED, NORM, ROPE
+    )
+    d = tl.arange(0, DIM_PADDED)[None, :]
+    # The matrix units read from shared memory only what comes straight from a load: anything else
+    # Triton copies to registers at every block of keys. So this, which loads nothing.
+    queries = tl.load(places + d, mask=live & (count < 0), other=q.to(qkv.dtype.element_ty))
     peak = tl.full([TILE], -1.0e30, tl.float32)
     mass = tl.zeros([TILE], tl.float32)
     total = tl.zeros([TILE, DIM_PADDED], tl.float32)
@@ -206,17 +201,21 @@ def _prefill_kernel(
             queries, k, v, position, block, peak, mass, total, scale, BLOCK, WINDOW, True
         )
     mass = tl.where(i < count, mass, 1.0)
-    tl.store(out + at, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
+    target = out + row * (N_HEADS * DIM) + head * DIM + d
+    tl.store(target, (total / mass[:, None]).to(out.dtype.element_ty), mask=live & (d < DIM))
 
 
 def prefill_attention(
-    q: Tensor,
+    qkv: Tensor,
     out: Tensor,
     pages: Tensor,
     tables: Tensor,
     tiles: Tensor,
     n_tiles: int,
     *,
+    q_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
     window: int | None = None,
     block: int = 64,
     warps: int = 4,
@@ -224,21 +223,28 @@ def prefill_attention(
 ) -> None:
     """Causal attention of every row over its entry's keys in the pages.
 
-    q, out: [T, n_heads * head_dim], q after norm and rope; tiles: int32 [>= n_tiles, 4], a tile
-    of 0 rows does nothing.
+    qkv: [T, (n_heads + 2 * n_kv_heads) * head_dim], of which q is read, before norm and rope.
+    out: [T, n_heads * head_dim].
+    tiles: int32 [>= n_tiles, 4], a tile of 0 rows does nothing. See `decode_attention` for the
+    others.
     """
     n_kv, page, dim = pages.shape[1] // 2, pages.shape[2], pages.shape[3]
-    n_heads = q.shape[1] // dim
+    n_heads = out.shape[1] // dim
+    cosines, sines = rope if rope is not None else (qkv, qkv)
     if dim > 128:
         block = min(block, 32)
     launch(_prefill_kernel, (n_tiles, n_heads))(
-        q,
+        qkv,
         out,
         pages,
         tables,
         tiles,
+        q_weight if q_weight is not None else qkv,
+        cosines,
+        sines,
         tables.stride(0),
         dim**-0.5 * 1.4426950408889634,
+        eps,
         N_HEADS=n_heads,
         N_KV=n_kv,
         DIM=dim,
@@ -247,6 +253,8 @@ def prefill_attention(
         TILE=TILE,
         BLOCK=block,
         WINDOW=window or 0,
+        NORM=q_weight is not None,
+        ROPE=rope is not None,
         num_warps=warps,
         num_stages=stages,
     )

@@ -21,8 +21,9 @@ from astrai.kernels.triton.launch import launch
 
 # Past this many rows the library's products are faster.
 MOST_ROWS = 256
-# Weights of which both sides are at least this: the library's are faster past 64 rows.
-_LARGE = 4096
+# Weights of which both sides are at least this, or of so many numbers (a head): the library's are
+# faster past 64 rows.
+_LARGE, _LARGE_HEAD = 4096, 1 << 26
 # Programs that share sums until there are this many: one for about every multiprocessor.
 _PROGRAMS = 128
 
@@ -47,7 +48,7 @@ def tile_of(n_rows: int, n: int, k: int, silu: bool = False, parts: bool = False
     plain = not (silu or parts)
     if (
         n_rows > MOST_ROWS
-        or (n_rows > 64 and min(n, k) >= _LARGE)
+        or (n_rows > 64 and (min(n, k) >= _LARGE or (plain and n * k >= _LARGE_HEAD)))
         or (n_rows > 128 and plain and n * k > 1 << 22)
     ):
         return None
