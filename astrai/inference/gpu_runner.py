@@ -193,17 +193,19 @@ class GpuRunner:
         self._upload_steps(entries, steps)
         for each in passes:
             self._run(launch, each)
-        self._send_results(launch, steps, [i for i in chunks if entries[i].samples])
+        scored = any(each.form.need is Need.SCORES for each in passes)
+        self._send_results(launch, steps, [i for i in chunks if entries[i].samples], scored)
         for task, _, _, samples, _ in entries:
             if samples:
                 self._sampled[task.slot] = launch
         return launch
 
-    def _send_results(self, launch: GpuLaunch, steps: list[int], ends: list[int]) -> None:
+    def _send_results(
+        self, launch: GpuLaunch, steps: list[int], ends: list[int], scored: bool
+    ) -> None:
         """On their way to the host, in memory that is written again `_RING` launches later."""
         self._turn = (self._turn + 1) % _RING
         results = self._read[self._turn]
-        scored = self._need(launch.entries, steps + ends) is Need.SCORES
         results.drawn.copy_(self._results.drawn, non_blocking=True)
         if scored:
             results.scores.copy_(self._results.scores, non_blocking=True)

@@ -169,7 +169,8 @@ class Scheduler:
         """
         self.wait_ticks["grammar"] += bool(self.gated)
         blocked: WaitReason | None = None
-        backlog = sum(task.wanted for task in self.running.values() if task.prefilling)
+        if self.waiting.head is not None:  # in most ticks nobody waits
+            backlog = sum(task.wanted for task in self.running.values() if task.prefilling)
         closed = self.config.batching == "static" and bool(self.running)
         while blocked is None and (head := self.waiting.head) is not None:
             blocked = "slots" if closed else self._why_not(head, backlog, plan)
@@ -203,17 +204,17 @@ class Scheduler:
         takes the oldest task, which `add` made sure fits alone.
         """
         steps: list[Task] = []
+        before = self.n_preemptions
         for task in list(self.running.values()):
             # A preemption below can end the turn of a task later in this list; one in the plan had
             # its turn above.
-            if task.slot < 0 or task in plan.entries or task.prefilling or task.exhausted:
-                continue
-            if task.must_read:
+            if task.slot < 0 or not task.decoding or task in plan.entries:
                 continue
             if self._grow(task, plan):
                 self._plan_entry(plan, task, 1)
                 steps.append(task)
-        steps = [task for task in steps if task in plan.entries]
+        if self.n_preemptions > before:  # perhaps of tasks that had their turn
+            steps = [task for task in steps if task in plan.entries]
         plan.groups = groups_of(steps, self.config.group_decode)
         if steps and self.events:
             self.events.emit("decode", [task.id for group in plan.groups for task in group])

@@ -180,11 +180,6 @@ class Task:
         return self.params.structured is not None and self.matcher is None
 
     @property
-    def must_read(self) -> bool:
-        """What may follow depends on a token that the host does not know yet."""
-        return self.pending > 0 and self.params.structured is not None
-
-    @property
     def samples_nothing(self) -> bool:
         """It ends when its prompt is computed."""
         return self.max_tokens == 0
@@ -207,9 +202,16 @@ class Task:
         return self.computed < self.n_prompt or len(self.tokens) + self.pending > self.computed + 1
 
     @property
-    def exhausted(self) -> bool:
-        """Everything it may say is said or on its way."""
-        return len(self.tokens) + self.pending >= self.n_prompt + self.max_tokens
+    def decoding(self) -> bool:
+        """Its next entry is one position: it may say more than is said or on its way, and what may
+        follow does not depend on a token that the host does not know yet."""
+        known = len(self.tokens) + self.pending
+        return (
+            self.n_prompt <= self.computed
+            and known <= self.computed + 1
+            and known < self.n_prompt + self.max_tokens
+            and not (self.pending and self.params.structured is not None)
+        )
 
     def timings(self) -> Timings:
         """Of an ended task: nothing in it changes any more."""
