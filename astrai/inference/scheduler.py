@@ -169,6 +169,7 @@ class Scheduler:
         """
         self.wait_ticks["grammar"] += bool(self.gated)
         blocked: WaitReason | None = None
+        backlog = 0
         if self.waiting.head is not None:  # in most ticks nobody waits
             backlog = sum(task.wanted for task in self.running.values() if task.prefilling)
         closed = self.config.batching == "static" and bool(self.running)

@@ -1,7 +1,7 @@
 """Products on Hopper: with 2 to 256 rows, and gate, up and SiLU of any more.
 
 The same as `astrai.kernels.triton.product`, with what a Triton program cannot have: columns that
-need not be a power of two, so that one wave of blocks owns all of a weight; rows in steps of 32;
+need not be a power of two, so that one wave of blocks owns all of a weight; rows in steps of 16;
 and weights that come while the kernel before still runs. See product.cu.
 """
 
@@ -93,7 +93,7 @@ def _plain_cut(n_rows: int, width: int, large: bool) -> Cut | None:
         least, most = 2, _MOST_PLAIN if _waves(cut, n_rows, width) == 1 else _MOST_IN_WAVES
     if not least <= n_rows <= most:
         return None
-    if large or n_rows <= _ONE_TILE or 2 * width // cut.columns > _MULTIPROCESSORS:
+    if large or n_rows <= _ONE_TILE or 2 * _tiles(cut, n_rows, width) > _MULTIPROCESSORS:
         return cut
     return cut._replace(rows=_tile_rows(n_rows, 2))
 
@@ -114,20 +114,20 @@ def _whole_cut(n_rows: int, width: int) -> Cut:
 
 
 def _shared_cut(n_rows: int, width: int, k: int) -> Cut | None:
-    columns = width // 64
-    tall = 2 if n_rows > _ONE_SHARED_TILE and 4 * columns <= _MULTIPROCESSORS else 1
+    wide = width // 64
+    tall = 2 if n_rows > _ONE_SHARED_TILE and 4 * wide <= _MULTIPROCESSORS else 1
     least = _LEAST_PARTS if width * k < _LARGE else 2
     most = MOST_ROWS if tall == 2 else _MOST_PARTS if k > width else _MOST_WIDE_PARTS
     if not least <= n_rows <= most:
         return None
     split = 1
     while (
-        2 * split * tall * columns <= _MULTIPROCESSORS
+        2 * split * tall * wide <= _MULTIPROCESSORS
         and k % (2 * split * _STEP) == 0
         and k // (2 * split) >= _LEAST_SHARE
     ):
         split *= 2
-    while 2 * split * tall * columns <= _MULTIPROCESSORS and n_rows // (2 * tall) >= _LEAST_ROWS:
+    while 2 * split * tall * wide <= _MULTIPROCESSORS and n_rows // (2 * tall) >= _LEAST_ROWS:
         tall *= 2
     return Cut(_tile_rows(n_rows, tall), 64, split)
 

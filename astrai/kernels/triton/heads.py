@@ -75,6 +75,15 @@ def load_heads(
 
 
 @triton.jit
+def _normed(
+    own: tl.tensor, other: tl.tensor, own_gain: tl.tensor, other_gain: tl.tensor, eps: tl.tensor,
+    DIM: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    rstd = tl.rsqrt(tl.sum(own * own, axis=1) / DIM + eps)[:, None]
+    return own * rstd * own_gain[None, :], other * rstd * other_gain[None, :]
+
+
+@triton.jit
 def turn_heads(
     own: tl.tensor,
     other: tl.tensor,
@@ -93,9 +102,7 @@ def turn_heads(
     latencies overlap.
     """
     if NORM:
-        rstd = tl.rsqrt(tl.sum(own * own, axis=1) / DIM + eps)[:, None]
-        own = own * rstd * own_gain[None, :]
-        other = other * rstd * other_gain[None, :]
+        own, other = _normed(own, other, own_gain, other_gain, eps, DIM)
     if ROPE:
         own = own * cosine[None, :] + other * sine[None, :]
     return own
@@ -139,9 +146,7 @@ def load_turned(
             cosine = tl.load(cosines + angle, mask=live & (d < DIM), other=0.0)
             sine = tl.load(sines + angle, mask=live & (d < DIM), other=0.0)
         if NORM:
-            rstd = tl.rsqrt(tl.sum(own * own, axis=1) / DIM + eps)[:, None]
-            own = own * rstd * own_gain[None, :]
-            other = other * rstd * other_gain[None, :]
+            own, other = _normed(own, other, own_gain, other_gain, eps, DIM)
         if ROPE:
             own = own * cosine + other * tl.where(d < HALF, -sine, sine)
     return own

@@ -19,6 +19,12 @@ BLOCK = 64
 LEVELS = 3
 
 
+@triton.constexpr_function
+def run_of(bits: int, vocab: int) -> int:
+    """Neighbouring logits of so many bits that one load brings: 16 bytes, if rows begin at such."""
+    return min(128 // bits, vocab & -vocab)
+
+
 @triton.jit
 def row_peak(
     peaks: tl.tensor, row: tl.tensor, N_CHUNKS: tl.constexpr, CHUNKS: tl.constexpr
@@ -147,7 +153,7 @@ def peaks_kernel(
     """
     wait_for_inputs(PDL)
     release_next(PDL)
-    RUN: tl.constexpr = min(128 // logits.dtype.element_ty.primitive_bitwidth, VOCAB & -VOCAB)
+    RUN: tl.constexpr = run_of(logits.dtype.element_ty.primitive_bitwidth, VOCAB)
     row = tl.program_id(0).to(tl.int64)
     chunk = N_CHUNKS - 1 - tl.program_id(1)
     x = load_chunk(logits, row, chunk, VOCAB, CHUNK)
@@ -176,7 +182,7 @@ def masses_kernel(
 
     LEVELS: 0 = no row has levels. THREADS: of a program, none with more than 64 tokens.
     """
-    RUN: tl.constexpr = min(128 // logits.dtype.element_ty.primitive_bitwidth, VOCAB & -VOCAB)
+    RUN: tl.constexpr = run_of(logits.dtype.element_ty.primitive_bitwidth, VOCAB)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     # The kernel before this one does not write what is read before the wait, and has itself waited

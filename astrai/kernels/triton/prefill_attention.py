@@ -16,32 +16,18 @@ from astrai.kernels.triton.launch import launch
 
 # Query rows of one tile; `tiles` int32 [n_tiles, 4] holds (first row, first position, rows, slot).
 TILE = 64
-# KV heads of one program of the writing kernel, of several rows if a row has fewer.
+# KV heads of one program of the writing kernel, of several rows if a row has fewer; a power of two.
 _HEADS = 16
 
 
 @triton.jit(do_not_specialize=["n_rows", "table_stride"])
 def _write_kernel(
-    qkv: tl.tensor,
-    pages: tl.tensor,
-    tables: tl.tensor,
-    slots: tl.tensor,
-    positions: tl.tensor,
-    k_weight: tl.tensor,
-    cosines: tl.tensor,
-    sines: tl.tensor,
-    n_rows: tl.tensor,
-    table_stride: tl.tensor,
-    eps: tl.tensor,
-    N_HEADS: tl.constexpr,
-    N_KV: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    PAGE: tl.constexpr,
-    HEADS: tl.constexpr,
-    NORM: tl.constexpr,
-    ROPE: tl.constexpr,
-) -> None:
+    qkv: tl.tensor, pages: tl.tensor, tables: tl.tensor, slots: tl.tensor, positions: tl.tensor,
+    k_weight: tl.tensor, cosines: tl.tensor, sines: tl.tensor, n_rows: tl.tensor,
+    table_stride: tl.tensor, eps: tl.tensor,
+    N_HEADS: tl.constexpr, N_KV: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+) -> None:  # fmt: skip
     # The KV heads of all rows, end to end.
     i = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     row = i // N_KV
@@ -75,18 +61,15 @@ def write_keys(
     k_weight: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
-    heads: int = _HEADS,
-    warps: int = 4,
 ) -> None:
     """K, after norm and rope, and V of every row into the pages.
 
     qkv: [T, (n_heads + 2 * n_kv_heads) * head_dim]; slots, positions: int32 [T]; a row at
-    position -1 writes nothing. heads: of one program, a power of two. See `decode_attention` for
-    the others.
+    position -1 writes nothing. See `decode_attention` for the others.
     """
     n_kv, page, dim = pages.shape[1] // 2, pages.shape[2], pages.shape[3]
     cosines, sines = rope if rope is not None else (qkv, qkv)
-    launch(_write_kernel, (triton.cdiv(qkv.shape[0] * n_kv, heads),))(
+    launch(_write_kernel, (triton.cdiv(qkv.shape[0] * n_kv, _HEADS),))(
         qkv,
         pages,
         tables,
@@ -103,10 +86,10 @@ def write_keys(
         DIM=dim,
         DIM_PADDED=triton.next_power_of_2(dim),
         PAGE=page,
-        HEADS=heads,
+        HEADS=_HEADS,
         NORM=k_weight is not None,
         ROPE=rope is not None,
-        num_warps=warps,
+        num_warps=4,
     )
 
 
@@ -134,28 +117,13 @@ def _attend(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
-    qkv: tl.tensor,
-    out: tl.tensor,
-    pages: tl.tensor,
-    tables: tl.tensor,
-    tiles: tl.tensor,
-    q_weight: tl.tensor,
-    cosines: tl.tensor,
-    sines: tl.tensor,
-    table_stride: tl.tensor,
-    scale: tl.tensor,
-    eps: tl.tensor,
-    N_HEADS: tl.constexpr,
-    N_KV: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NORM: tl.constexpr,
-    ROPE: tl.constexpr,
-) -> None:
+    qkv: tl.tensor, out: tl.tensor, pages: tl.tensor, tables: tl.tensor, tiles: tl.tensor,
+    q_weight: tl.tensor, cosines: tl.tensor, sines: tl.tensor, table_stride: tl.tensor,
+    scale: tl.tensor, eps: tl.tensor,
+    N_HEADS: tl.constexpr, N_KV: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr,
+) -> None:  # fmt: skip
     tile = tiles + 4 * tl.program_id(0)
     first_row = tl.load(tile).to(tl.int64)
     first = tl.load(tile + 1)
@@ -217,9 +185,6 @@ def prefill_attention(
     rope: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     window: int | None = None,
-    block: int = 64,
-    warps: int = 4,
-    stages: int = 2,
 ) -> None:
     """Causal attention of every row over its entry's keys in the pages.
 
@@ -231,8 +196,6 @@ def prefill_attention(
     n_kv, page, dim = pages.shape[1] // 2, pages.shape[2], pages.shape[3]
     n_heads = out.shape[1] // dim
     cosines, sines = rope if rope is not None else (qkv, qkv)
-    if dim > 128:
-        block = min(block, 32)
     launch(_prefill_kernel, (n_tiles, n_heads))(
         qkv,
         out,
@@ -251,10 +214,10 @@ def prefill_attention(
         DIM_PADDED=triton.next_power_of_2(dim),
         PAGE=page,
         TILE=TILE,
-        BLOCK=block,
+        BLOCK=64 if dim <= 128 else 32,
         WINDOW=window or 0,
         NORM=q_weight is not None,
         ROPE=rope is not None,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=4,
+        num_stages=2,
     )
