@@ -19,18 +19,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from astrai.config import EngineConfig
-    from astrai.inference.async_engine import AsyncEngine
-    from astrai.inference.llm import LLM, CompletionOutput, RequestOutput
-    from astrai.inference.sampling_params import SamplingParams
-    from astrai.inference.structured import StructuredOutput
+    from astrai.front.async_engine import AsyncEngine
+    from astrai.front.llm import LLM, CompletionOutput, RequestOutput
+    from astrai.front.sampling_params import SamplingParams
+    from astrai.front.structured import StructuredOutput
 
 _HOMES = {
-    "LLM": "astrai.inference.llm",
-    "RequestOutput": "astrai.inference.llm",
-    "CompletionOutput": "astrai.inference.llm",
-    "AsyncEngine": "astrai.inference.async_engine",
-    "SamplingParams": "astrai.inference.sampling_params",
-    "StructuredOutput": "astrai.inference.structured",
+    "LLM": "astrai.front.llm",
+    "RequestOutput": "astrai.front.llm",
+    "CompletionOutput": "astrai.front.llm",
+    "AsyncEngine": "astrai.front.async_engine",
+    "SamplingParams": "astrai.front.sampling_params",
+    "StructuredOutput": "astrai.front.structured",
     "EngineConfig": "astrai.config",
 }
 

@@ -34,27 +34,27 @@ import torch  # noqa: E402
 from astrai.bench._common import w_nano  # noqa: E402
 from astrai.bench._floor import Machine, batch_seconds, cost_of, machine  # noqa: E402
 from astrai.config import SchedulerConfig  # noqa: E402
-from astrai.inference import collector  # noqa: E402
+from astrai.front.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.cache.books import Books  # noqa: E402
-from astrai.inference.cache.storage import KVCache  # noqa: E402
+from astrai.inference.cache.storage import PagedCache  # noqa: E402
 from astrai.inference.engine import Engine, Message  # noqa: E402
 from astrai.inference.events import EventLog  # noqa: E402
-from astrai.inference.gpu_launch import STEPS, GpuLaunch, new_results, scored  # noqa: E402
-from astrai.inference.gpu_model import workspace_bytes  # noqa: E402
-from astrai.inference.gpu_runner import Form, GpuRunner, step_form  # noqa: E402
-from astrai.inference.gpu_sampling import Need, SlotEdits, draw  # noqa: E402
-from astrai.inference.gpu_state import SlotState  # noqa: E402
-from astrai.inference.runner import sample_row  # noqa: E402
-from astrai.inference.sampler import Sampled, Sampler  # noqa: E402
-from astrai.inference.sampling_params import SamplingParams  # noqa: E402
 from astrai.inference.scheduler import Scheduler  # noqa: E402
 from astrai.inference.task import Entry, Task, Update  # noqa: E402
-from astrai.kernels.triton.prefill_attention import TILE  # noqa: E402
-from astrai.kernels.triton.sampling import SamplingScratch  # noqa: E402
+from astrai.kernels.gpu.prefill_attention import TILE  # noqa: E402
+from astrai.kernels.gpu.sampling.sampling import SamplingScratch  # noqa: E402
 from astrai.models.config import config_from_hf  # noqa: E402
 from astrai.models.decoder import Decoder  # noqa: E402
 from astrai.models.loading import dummy_weights  # noqa: E402
 from astrai.models.registry import PRESETS  # noqa: E402
+from astrai.runtime import collector  # noqa: E402
+from astrai.runtime.gpu.launch import STEPS, GpuLaunch, new_results, scored  # noqa: E402
+from astrai.runtime.gpu.model import workspace_bytes  # noqa: E402
+from astrai.runtime.gpu.runner import Form, GpuRunner, step_form  # noqa: E402
+from astrai.runtime.gpu.sampling import Need, SlotEdits, draw  # noqa: E402
+from astrai.runtime.gpu.uploads import SlotState  # noqa: E402
+from astrai.runtime.runner import sample_row  # noqa: E402
+from astrai.runtime.sampling.sampler import Sampled, Sampler  # noqa: E402
 
 SHAPES = "qwen3-0.6b,llama-3.2-1b,qwen3-8b"
 PARTS = "start,check,stream,w1"
@@ -80,7 +80,7 @@ class Rig:
     ) -> None:
         c = decoder.config
         n_pages = kv_tokens // page_size
-        self.kv = KVCache(
+        self.kv = PagedCache(
             c.n_layers, n_pages, page_size, c.n_kv_heads, c.head_dim, decoder.dtype, DEVICE
         )
         events = EventLog()
@@ -286,8 +286,8 @@ def measure_start(shape: str) -> dict[str, Any]:
 def check_attention(n_trials: int = 12) -> float:
     """Random shapes against the reference; everything not written before is NaN."""
     from astrai.kernels.attention import AttentionBatch
-    from astrai.kernels.attention.reference import ReferenceAttention
-    from astrai.kernels.attention.triton import TritonAttention
+    from astrai.kernels.gpu.backend import TritonAttention
+    from astrai.kernels.reference import ReferenceAttention
 
     rng = random.Random(0)
     torch.manual_seed(0)
@@ -307,7 +307,7 @@ def check_attention(n_trials: int = 12) -> float:
         rng.shuffle(frames)
         tables = [[frames.pop() for _ in range(k)] for k in needed]
         pools = [
-            KVCache(1, sum(needed) + 2, page, kv_heads, dim, torch.bfloat16, DEVICE)
+            PagedCache(1, sum(needed) + 2, page, kv_heads, dim, torch.bfloat16, DEVICE)
             for _ in range(2)
         ]
         pools[0].pages.normal_()

@@ -7,11 +7,11 @@ import zlib
 from collections.abc import Sequence
 
 from astrai.config import SchedulerConfig
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import StructuredOutput
 from astrai.inference.cache.books import Books
 from astrai.inference.events import EventLog
-from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
-from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import NOTHING, Entry, Outcome, Plan, Task, TokenLogprob, Update
 
 VOCAB = 97

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from astrai import __version__
+from astrai.front.sampling_params import SamplingParams
 from astrai.inference.engine import Message
-from astrai.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from astrai.inference.llm import LLM, RequestOutput
+    from astrai.front.llm import LLM, RequestOutput
     from astrai.models.tokenizer import Tokenizer
 
 
@@ -50,7 +50,7 @@ def with_model(options: argparse.ArgumentParser, slots: int = 8) -> argparse.Arg
 
 
 def load(args: argparse.Namespace, **options: Any) -> LLM:
-    from astrai.inference.llm import LLM
+    from astrai.front.llm import LLM
 
     if args.shape:
         args.model, args.load_format = args.shape, "dummy"

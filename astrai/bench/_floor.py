@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from astrai.inference.cache.storage import KVCache
-    from astrai.inference.llm import LLM
+    from astrai.front.llm import LLM
+    from astrai.inference.cache.storage import PagedCache
     from astrai.models.decoder import Decoder
 
 # Operations per second of a GPU's prefill: what large products of one H100 reach.
@@ -67,7 +67,7 @@ def machine(device: torch.device) -> Machine:
     return Machine(bandwidth, max(rates))
 
 
-def cost_of(decoder: Decoder, kv: KVCache) -> Cost:
+def cost_of(decoder: Decoder, kv: PagedCache) -> Cost:
     c = decoder.config
     heads = c.n_heads * c.head_dim
     attention = c.hidden_size * (2 * heads + 2 * c.n_kv_heads * c.head_dim)

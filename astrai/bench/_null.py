@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from astrai.config import SchedulerConfig
+from astrai.front.sampling_params import SamplingParams
 from astrai.inference.cache.books import Books
 from astrai.inference.engine import Engine, Message
 from astrai.inference.events import EventLog
-from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import NOTHING, Done, Outcome, Plan, Task, Update
 

@@ -21,21 +21,21 @@ from typing import Any, NamedTuple
 from astrai.bench._common import finish, parser
 from astrai.bench._null import NullRunner
 from astrai.config import EngineConfig, SchedulerConfig
+from astrai.front.intake import Limits
 from astrai.inference.cache.books import Books
 from astrai.inference.engine import Engine
 from astrai.inference.events import EventLog
-from astrai.inference.intake import Limits
-from astrai.inference.link import Assembled, Budget, Deliver, Front
 from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import Done, Plan
 from astrai.models.tokenizer import ByteTokenizer
+from astrai.process.link import Assembled, Budget, Deliver, Front
 
 _PROGRAM = """
 import functools
-from astrai.server import engine_process
+from astrai.process import engine_process
 link = functools.partial(engine_process.ProcessLink, builder="astrai.bench.edge:build")
 engine_process.ProcessLink = link
-from astrai.cli import main
+from astrai.cli.app import main
 main()
 """
 _TICK = "ASTRAI_BENCH_TICK"  # seconds; for the engine's process

@@ -14,10 +14,10 @@ from astrai.bench._common import finish, load, median, parser, run, w_cpu, with_
 from astrai.bench._null import engine_of, tasks_of
 from astrai.config import SchedulerConfig
 from astrai.inference.engine import Engine, Message
-from astrai.inference.recorder import Recorder
+from astrai.observe.recorder import Recorder
 
 if TYPE_CHECKING:
-    from astrai.inference.llm import LLM
+    from astrai.front.llm import LLM
 
 _TASKS = (8, 256)
 _TICKS = 200

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from astrai.bench._common import Request, finish, load, parser, run, text_prompt, with_model
 from astrai.bench._floor import first_token_seconds, floor_of, reached
-from astrai.inference.sampling_params import SamplingParams
+from astrai.front.sampling_params import SamplingParams
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from astrai.bench._common import Request, finish, load, parser, run, w_cpu, with_model
-from astrai.inference.llm import LLM
-from astrai.inference.recorder import Recorder
+from astrai.front.llm import LLM
 from astrai.observe import simulate
-from astrai.observe.record import Recording
+from astrai.observe.recorder import Recorder
+from astrai.observe.recording import Recording
 
 
 def main(argv: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     if args.child:
         print(json.dumps(_first_token(args)))
         return
-    run = [sys.executable, "-m", "astrai.cli", "bench", "startup", "--child", *argv]
+    run = [sys.executable, "-m", "astrai.cli.app", "bench", "startup", "--child", *argv]
     with tempfile.TemporaryDirectory() as cache:
         _seconds([sys.executable, "-c", _FLOOR], cache)  # the files are in memory from here on
         floor, _ = _seconds([sys.executable, "-c", _FLOOR], cache)
@@ -74,7 +74,7 @@ def _seconds(command: list[str], cache: str) -> tuple[float, Any]:
 
 def _first_token(args: argparse.Namespace) -> dict[str, float]:
     """Seconds from here to the model's readiness and to the token."""
-    from astrai.inference.sampling_params import SamplingParams
+    from astrai.front.sampling_params import SamplingParams
 
     started = time.perf_counter()
     llm = load(args)

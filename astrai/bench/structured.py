@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from astrai.bench._common import finish, load, parser, text_prompt, with_model
-from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.structured import StructuredOutput
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import StructuredOutput
 
 if TYPE_CHECKING:
+    from astrai.front.llm import LLM
     from astrai.inference.grammar import Grammars
-    from astrai.inference.llm import LLM
 
 _PERSON: dict[str, Any] = {
     "type": "object",

@@ -29,7 +29,7 @@ from astrai.bench._common import (
 from astrai.bench._floor import batch_seconds, floor_of, reached
 
 if TYPE_CHECKING:
-    from astrai.inference.llm import LLM
+    from astrai.front.llm import LLM
 
 NAMES = {"cpu": "W-CPU", "nano": "W1"}
 

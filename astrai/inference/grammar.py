@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from astrai.inference.structured import MAX_WHITESPACE, GrammarError, StructuredOutput
+from astrai.front.structured import MAX_WHITESPACE, GrammarError, StructuredOutput
 
 if TYPE_CHECKING:
     from astrai.models.tokenizer import Tokenizer

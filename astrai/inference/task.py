@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from astrai.front.sampling_params import SamplingParams
     from astrai.inference.grammar import Matcher
-    from astrai.inference.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 WaitReason = Literal["slots", "pages", "prefill", "results", "grammar"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from astrai.kernels.threads import together
+from astrai.kernels.cpu.threads import together
 
 # The number of rows the packed layout is chosen for. Results do not depend on it.
 _PACK_ROWS = 8

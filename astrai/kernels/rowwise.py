@@ -91,7 +91,7 @@ def rows_of(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ro
     """The fastest for these sizes and this device."""
     if device.type == "cpu":
         try:
-            from astrai.kernels.numba.rowwise import NumbaRows, fits
+            from astrai.kernels.cpu.rowwise import NumbaRows, fits
         except ImportError:  # Numba does not come with every system
             return TorchRows(config, dtype, device)
         if fits(config, dtype):

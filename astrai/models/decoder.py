@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from astrai.kernels.cpu.threads import alone
 from astrai.kernels.linear import (
     Int4Linear,
     Int4Weight,
@@ -19,7 +20,6 @@ from astrai.kernels.linear import (
 )
 from astrai.kernels.norm import RmsNorm
 from astrai.kernels.rowwise import rows_of
-from astrai.kernels.threads import alone
 from astrai.models.config import ModelConfig
 
 # The likeliest tokens of a row, whose logits are computed in float32.

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import StructuredOutput
 from astrai.inference.cache.books import Books
 from astrai.inference.events import EventLog
-from astrai.inference.recorder import ADDED, TIMES
-from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Results, Scheduler
-from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import NOTHING, Entry, FinishReason, Outcome, Plan, Task
-from astrai.observe.record import Event, Header, Recording, Step
+from astrai.observe.recorder import ADDED, TIMES
+from astrai.observe.recording import Event, Header, Recording, Step
 
 # What the engine or the recorder adds to what the scheduler decides: given, not compared.
 GIVEN = frozenset({"launch", "read", "refuse", "snapshot", *ADDED})

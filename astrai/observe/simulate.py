@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from astrai.config import SchedulerConfig
+from astrai.front.sampling_params import SamplingParams
 from astrai.inference.cache.books import Books
 from astrai.inference.engine import Engine, Message
 from astrai.inference.events import EventLog
-from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import NOTHING, Outcome, Plan, Task, Update
-from astrai.observe.record import Recording
+from astrai.observe.recording import Recording
 
 PERCENTILES = (50, 90, 99)
 _FIT_ROUNDS = 20

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from astrai.observe.record import Recording, Step
+from astrai.observe.recording import Recording, Step
 
 ENGINE, SLOTS, REQUESTS, COUNTERS = 1, 2, 3, 4
 PHASES, HOST, DEVICE = 1, 2, 3

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from astrai.config import SchedulerConfig
-from astrai.observe.record import Recording
+from astrai.observe.recording import Recording
 from astrai.observe.replay import Replayed, replay, synthetic_prompt
 from astrai.observe.simulate import (
     Fit,

@@ -10,10 +10,10 @@ from fastapi import FastAPI
 
 import astrai
 from astrai.observe.watch import Watch
-from astrai.server import errors
-from astrai.server.chat import ChatFormat
-from astrai.server.door import OPEN, Door
+from astrai.server.chat.format import ChatFormat
 from astrai.server.edge import Edge
+from astrai.server.http import errors
+from astrai.server.http.door import OPEN, Door
 from astrai.server.routes import (
     anthropic,
     embeddings,
@@ -27,7 +27,7 @@ from astrai.server.routes import (
 )
 
 if TYPE_CHECKING:
-    from astrai.inference.async_engine import AsyncEngine
+    from astrai.front.async_engine import AsyncEngine
 
 MAX_BODY_BYTES = 8 << 20
 

@@ -14,19 +14,19 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from astrai.inference.admission import DeadlineExceeded, QueueFull, Refused, SlowReader
-from astrai.inference.intake import PromptTooLong
-from astrai.inference.sampling_params import MAX_N
-from astrai.server.chat import ChatFormat
-from astrai.server.errors import ERROR, ApiError
-from astrai.server.fields import blame, parse_json
-from astrai.server.guard import check_body, namespace_of
+from astrai.front.admission import DeadlineExceeded, QueueFull, Refused, SlowReader
+from astrai.front.intake import PromptTooLong
+from astrai.front.sampling_params import MAX_N
+from astrai.server.chat.format import ChatFormat
+from astrai.server.http.errors import ERROR, ApiError
+from astrai.server.http.fields import blame, parse_json
+from astrai.server.http.guard import check_body, namespace_of
+from astrai.server.http.streaming import EventStream, merge, unless_gone
 from astrai.server.requests import OPENED, OpenRequest, RequestBook, chosen_id
-from astrai.server.streaming import EventStream, merge, unless_gone
 
 if TYPE_CHECKING:
-    from astrai.inference.async_engine import AsyncEngine, StreamDelta
-    from astrai.inference.sampling_params import SamplingParams
+    from astrai.front.async_engine import AsyncEngine, StreamDelta
+    from astrai.front.sampling_params import SamplingParams
 
     Deltas: TypeAlias = AsyncGenerator[tuple[int, StreamDelta], None]
 

@@ -14,9 +14,9 @@ from astrai.observe.live.hub import Hub
 from astrai.observe.live.source import Event, Playback
 from astrai.observe.ticks import Ticks
 from astrai.observe.why import Why, WhyReader, told
-from astrai.server import errors
-from astrai.server.errors import ApiError
-from astrai.server.fields import parse_json
+from astrai.server.http import errors
+from astrai.server.http.errors import ApiError
+from astrai.server.http.fields import parse_json
 from astrai.server.routes.live import mount_hub
 
 _MAX_BODY_BYTES = 1024

@@ -9,11 +9,11 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from astrai.server.errors import ApiError
-from astrai.server.usage import UsageSum
+from astrai.server.dialects.usage import UsageSum
+from astrai.server.http.errors import ApiError
 
 if TYPE_CHECKING:
-    from astrai.inference.async_engine import StreamDelta, Usage
+    from astrai.front.async_engine import StreamDelta, Usage
 
 OPENED = "astrai.request"  # where the OpenRequest of a request stands in its ASGI scope
 MAX_ENDED = 1024

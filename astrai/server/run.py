@@ -17,10 +17,10 @@ import uvicorn
 
 import astrai
 from astrai.config import DoorConfig, EngineConfig
-from astrai.inference import collector
-from astrai.inference.async_engine import AsyncEngine
+from astrai.front.async_engine import AsyncEngine
 from astrai.observe.logs import configure
-from astrai.server.keys import KeyRing, check_tls
+from astrai.runtime import collector
+from astrai.server.http.keys import KeyRing, check_tls
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -63,8 +63,8 @@ def serve(
         print(f"AstrAI {astrai.__version__}: loading {config.model}", flush=True)
         engine = _engine(config, in_process)
         from astrai.server.app import create_app
-        from astrai.server.chat import ChatFormat
-        from astrai.server.door import Door
+        from astrai.server.chat.format import ChatFormat
+        from astrai.server.http.door import Door
 
         served = tuple(names) or tuple(dict.fromkeys((engine.model_name, config.model)))
         app = create_app(
@@ -120,7 +120,7 @@ def _tracing(door: DoorConfig) -> Tracing | None:
 def _protocol() -> Any:
     """Bounded heads, where the fast parser is installed; the other one has its own bound."""
     try:
-        from astrai.server.connection import Connection
+        from astrai.server.http.connection import Connection
     except ImportError:
         return "h11"
     return Connection
@@ -129,7 +129,7 @@ def _protocol() -> Any:
 def _engine(config: EngineConfig, in_process: bool) -> AsyncEngine:
     if in_process:
         return AsyncEngine(config)
-    from astrai.server.engine_process import ProcessLink
+    from astrai.process.engine_process import ProcessLink
 
     link = ProcessLink(config)
     # The child imports and loads meanwhile.

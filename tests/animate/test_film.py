@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("manim")
 
-from astrai.cli import run
+from astrai.cli.app import run
 
 pytestmark = pytest.mark.animate
 

@@ -14,7 +14,7 @@ from astrai.bench._floor import (
     first_token_seconds,
     machine,
 )
-from astrai.inference.cache.storage import KVCache
+from astrai.inference.cache.storage import PagedCache
 from astrai.models.config import config_from_hf
 from astrai.models.decoder import Decoder
 from astrai.models.loading import dummy_weights
@@ -57,7 +57,7 @@ def test_a_step_reads_all_weights_but_the_embedding(tied: bool) -> None:
         "tie_word_embeddings": tied,
     })  # fmt: skip
     decoder = Decoder(config, dummy_weights(config, torch.float32, "cpu"), torch.float32, "cpu")
-    cost = cost_of(decoder, KVCache(2, 4, 16, 2, 8, torch.float32))
+    cost = cost_of(decoder, PagedCache(2, 4, 16, 2, 8, torch.float32))
     # Projections q and o, k and v, three of the MLP; two norms a layer and the last; the head.
     matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     assert cost.position_flops == 2 * matrices

@@ -6,15 +6,15 @@ import random
 import time
 
 from astrai.config import EngineConfig, SchedulerConfig
-from astrai.inference.async_engine import AsyncEngine
+from astrai.front.async_engine import AsyncEngine
+from astrai.front.intake import Limits
 from astrai.inference.cache.books import Books
 from astrai.inference.engine import Engine, Health, Message
 from astrai.inference.events import EventLog
-from astrai.inference.intake import Limits
-from astrai.inference.link import Budget, Deliver, Front
 from astrai.inference.scheduler import Scheduler
 from astrai.inference.task import Outcome, Plan, Task
 from astrai.models.tokenizer import ByteTokenizer
+from astrai.process.link import Budget, Deliver, Front
 from tests.mocks import MockLaunch, MockRunner
 
 LETTERS = b"etaoin shrdlu "

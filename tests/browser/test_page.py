@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from astrai.inference.async_engine import AsyncEngine
+from astrai.front.async_engine import AsyncEngine
 from astrai.server.app import create_app
-from astrai.server.guard import Guard
-from astrai.server.keys import ApiKey, KeyRing
+from astrai.server.http.guard import Guard
+from astrai.server.http.keys import ApiKey, KeyRing
 from astrai.server.playback import create_playback_app
 from tests.browser.mock_engine import mock_engine
 from tests.observe.test_live import recorded

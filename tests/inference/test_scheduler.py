@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import StructuredOutput
 from astrai.inference.engine import Engine, Message
-from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import Task
 from tests.mocks import VOCAB, Bench, SlowGrammars, make_task, oracle
 

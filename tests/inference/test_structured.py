@@ -18,15 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import GrammarError, StructuredOutput
 from astrai.inference import grammar
 from astrai.inference.engine import Engine, Message
 from astrai.inference.grammar import Grammars, Matcher
-from astrai.inference.runner import sample_row
-from astrai.inference.sampler import Sampler
-from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.structured import GrammarError, StructuredOutput
 from astrai.inference.task import Entry, Outcome, Task
 from astrai.models.tokenizer import ByteTokenizer
+from astrai.runtime.runner import sample_row
+from astrai.runtime.sampling.sampler import Sampler
 from tests.mocks import Bench, MockRunner, make_task
 
 VOCAB, EOS = 272, 257  # a little more than the tokenizer has, as padded vocabularies do
@@ -154,7 +154,7 @@ def test_plain_data_that_knows_its_field() -> None:
 
 def test_imports_nothing_heavy() -> None:
     code = (
-        "import sys, astrai.inference.structured, astrai.inference.grammar;"
+        "import sys, astrai.front.structured, astrai.inference.grammar;"
         "sys.exit(bool({'torch', 'llguidance'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

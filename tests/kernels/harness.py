@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from astrai.inference.cache.storage import KVCache
+from astrai.inference.cache.storage import PagedCache
 from astrai.kernels.attention import AttentionBatch, load_backend
 from astrai.models.config import ModelConfig, config_from_hf
 from astrai.models.decoder import Decoder
@@ -108,7 +108,7 @@ def run(
     need = [-(-len(t) // page_size) for t in tokens]
     frames = rng.sample(range(sum(need) + 3), sum(need))
     tables = [[frames.pop() for _ in range(n)] for n in need]
-    kv = KVCache(
+    kv = PagedCache(
         config.n_layers,
         sum(need) + 3,
         page_size,

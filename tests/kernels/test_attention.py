@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astrai.inference.cache.storage import KVCache
+from astrai.inference.cache.storage import PagedCache
 from astrai.kernels.attention import AttentionBatch, load_backend
-from astrai.kernels.attention.cpu import CpuAttention
+from astrai.kernels.cpu.matmul_attention import CpuAttention
 from tests.kernels.harness import SHAPES, make_config, random_groups
 
 
-def make_cache(shape: str, page_size: int, n_pages: int, dtype: torch.dtype) -> KVCache:
+def make_cache(shape: str, page_size: int, n_pages: int, dtype: torch.dtype) -> PagedCache:
     config = make_config(shape)
-    kv = KVCache(config.n_layers, n_pages, page_size, config.n_kv_heads, config.head_dim, dtype)
+    kv = PagedCache(config.n_layers, n_pages, page_size, config.n_kv_heads, config.head_dim, dtype)
     kv.pages.normal_(generator=torch.Generator().manual_seed(1))
     return kv
 

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tests.kernels.triton_interpreter  # noqa: F401  (before the kernels)
+from astrai.kernels.gpu.launch import compile_ahead, launch
 from astrai.kernels.hopper import build
 from astrai.kernels.hopper import product as hopper
 from astrai.kernels.hopper.build import SHARED_BYTES, Kernel, Source, compiled, machine_code
 from astrai.kernels.hopper.product import Cut, cut_of, kernel_of, part_numbers, product
-from astrai.kernels.triton.launch import compile_ahead, launch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="for Linux on x86_64")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from astrai.inference.cache.storage import KVCache
+from astrai.inference.cache.storage import PagedCache
 from astrai.kernels.attention import AttentionBatch, load_backend
 from astrai.models.loading import LoadedModel, load_model
 from tests.models import tiny
@@ -42,7 +42,7 @@ def logits_through_pages(
     loaded: LoadedModel, ids: torch.Tensor, counts: list[int], backend: str
 ) -> torch.Tensor:
     config = loaded.config
-    kv = KVCache(config.n_layers, 8, 16, config.n_kv_heads, config.head_dim, dtype=loaded.dtype)
+    kv = PagedCache(config.n_layers, 8, 16, config.n_kv_heads, config.head_dim, dtype=loaded.dtype)
     attention = load_backend(backend)(kv, config)
     table = [6, 1, 7, 0, 3]  # out of order: a page's place must not matter
     out, start = [], 0

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from astrai.inference.cache.storage import KVCache
+from astrai.inference.cache.storage import PagedCache
 from astrai.kernels.attention import AttentionBatch, load_backend
 from astrai.models.loading import LoadedModel, load_model
 
@@ -47,7 +47,7 @@ def prompts(loaded: LoadedModel) -> list[list[int]]:
 def greedy_through_pages(loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
     config, decoder = loaded.config, loaded.decoder
     per_task = -(-(max(map(len, prompts)) + N_NEW) // PAGE)
-    kv = KVCache(
+    kv = PagedCache(
         config.n_layers,
         per_task * len(prompts),
         PAGE,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from astrai.config import EngineConfig
-from astrai.inference.link import Assembled, Deliver
-from astrai.inference.recorder import record
-from tests.server import mock_engine
+from astrai.observe.recorder import record
+from astrai.process.link import Assembled, Deliver
+from tests.process import mock_engine
 
 BUILDER = "tests.observe.recorded_engine:build"
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from astrai.front.sampling_params import SamplingParams
 from astrai.inference.engine import Engine, Message
-from astrai.inference.sampling_params import SamplingParams
 from astrai.inference.task import Task
 from astrai.observe.live import hub as hub_module
 from astrai.observe.live import source as source_module

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import StructuredOutput
 from astrai.inference.engine import Engine, Message
-from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.structured import StructuredOutput
 from astrai.observe.metrics import Metrics
 from astrai.observe.ticks import Ticks
 from tests.mocks import Bench, SlowGrammars, make_task

@@ -9,9 +9,9 @@ import pytest
 
 from astrai.inference.engine import Engine, Message
 from astrai.inference.events import KINDS, EventLog
-from astrai.inference.recorder import Recorder, part_path
 from astrai.observe.live.source import Playback
-from astrai.observe.record import Event, Recording
+from astrai.observe.recorder import Recorder, part_path
+from astrai.observe.recording import Event, Recording
 from astrai.observe.replay import replay
 from tests.mocks import Bench, make_task
 

@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 
 from astrai.config import EngineConfig
-from astrai.inference.async_engine import AsyncEngine
-from astrai.inference.sampling_params import SamplingParams
-from astrai.observe.record import Recording
+from astrai.front.async_engine import AsyncEngine
+from astrai.front.sampling_params import SamplingParams
+from astrai.observe.recording import Recording
 from astrai.observe.replay import replay
-from astrai.server.engine_process import ProcessLink
+from astrai.process.engine_process import ProcessLink
 from tests.observe.recorded_engine import BUILDER
 
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import StructuredOutput
 from astrai.inference.engine import Engine, Message
-from astrai.inference.recorder import Recorder
-from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import Task
-from astrai.observe.record import Recording
+from astrai.observe.recorder import Recorder
+from astrai.observe.recording import Recording
 from astrai.observe.replay import replay
 from astrai.observe.trace import trace_events
 from tests.mocks import Bench, make_task

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astrai import cli
+from astrai.cli import app as cli
 from astrai.config import SchedulerConfig
 from astrai.inference.engine import Engine, Message
-from astrai.inference.recorder import Recorder
 from astrai.inference.scheduler import Scheduler
-from astrai.observe.record import Recording
+from astrai.observe.recorder import Recorder
+from astrai.observe.recording import Recording
 from astrai.observe.simulate import (
     Request,
     Setting,

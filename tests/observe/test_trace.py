@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from astrai.observe import trace
-from astrai.observe.record import Recording
+from astrai.observe.recording import Recording
 from tests.observe.test_replay import mixed_run
 
 

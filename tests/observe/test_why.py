@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from astrai.front.sampling_params import SamplingParams
+from astrai.front.structured import StructuredOutput
 from astrai.inference.engine import Engine, Message
-from astrai.inference.sampling_params import SamplingParams
-from astrai.inference.structured import StructuredOutput
 from astrai.inference.task import Task
 from astrai.observe.ticks import Ticks
 from astrai.observe.why import WhyReader

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from astrai.config import EngineConfig
-from astrai.inference.admission import QueueFull
-from astrai.inference.async_engine import Usage
-from astrai.inference.intake import PromptTooLong
-from astrai.inference.sampling_params import SamplingParams
+from astrai.front.admission import QueueFull
+from astrai.front.async_engine import Usage
+from astrai.front.intake import PromptTooLong
+from astrai.front.sampling_params import SamplingParams
 from astrai.inference.task import Timings, TokenLogprob
 
 SAYS = "Grüße, 世界 🙂! " * 4

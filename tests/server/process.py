@@ -76,7 +76,7 @@ def served(
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
-    command = [sys.executable, "-c", "from astrai.cli import main; main()", "serve"]
+    command = [sys.executable, "-c", "from astrai.cli.app import main; main()", "serve"]
     command += ["--port", str(port), *flags]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

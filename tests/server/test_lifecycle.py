@@ -18,14 +18,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.process.mock_engine import BUILDER, SLOW
 from tests.server.live import wait_for
-from tests.server.mock_engine import BUILDER, SLOW
 
 MAIN = f"""
 import functools
-from astrai.server import engine_process
+from astrai.process import engine_process
 engine_process.ProcessLink = functools.partial(engine_process.ProcessLink, builder={BUILDER!r})
-from astrai.cli import main
+from astrai.cli.app import main
 main()
 """
 ROOT = Path(__file__).parent.parent.parent

@@ -11,8 +11,8 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from astrai.server import anthropic, embeddings, openai, responses, tokens
-from astrai.server.fields import Lists
+from astrai.server.dialects import anthropic, embeddings, openai, responses, tokens
+from astrai.server.http.fields import Lists
 
 # What clients of other servers send beside them.
 EXTRAS = """top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids bad_words

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from astrai.inference.async_engine import AsyncEngine
+from astrai.front.async_engine import AsyncEngine
 from astrai.server.playback import create_playback_app
 from tests.browser.mock_engine import mock_engine
 from tests.observe.test_live import recorded

@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
-from astrai.server.door import Door
-from astrai.server.errors import ApiError
-from astrai.server.keys import ApiKey, KeyRing
+from astrai.server.http.door import Door
+from astrai.server.http.errors import ApiError
+from astrai.server.http.keys import ApiKey, KeyRing
 from astrai.server.requests import MAX_CHOICES, MAX_ENDED, OpenRequest, RequestBook
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import serving, wait_for

@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from astrai.config import EngineConfig
-from astrai.inference.async_engine import AsyncEngine
+from astrai.front.async_engine import AsyncEngine
+from astrai.process.engine_process import ProcessLink
 from astrai.server.app import create_app
-from astrai.server.engine_process import ProcessLink
 from tests.server.live import serving_app, wait_for
 
 N = 3000

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from astrai.server.streaming import EventStream, event, merge, unless_gone
+from astrai.server.http.streaming import EventStream, event, merge, unless_gone
 
 
 class Source:

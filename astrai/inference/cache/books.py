@@ -23,7 +23,7 @@ class Books:
         reads.
 
     Owns the pool, the prefix index and the page tables of tasks. Does not own the tensors
-    (KVCache).
+    (PagedCache).
     """
 
     def __init__(self, n_pages: int, page_size: int, prefix_cache: bool, events: EventLog) -> None:

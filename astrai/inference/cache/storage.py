@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class KVCache:
+class PagedCache:
     """Keys and values of every page frame.
 
     k_cache, v_cache: [n_layers, n_pages, page_size, n_kv_heads, head_dim], views of one tensor
@@ -89,7 +89,7 @@ class CacheView:
     Owns nothing; page_tables and lengths are the caller's and are read at each call.
     """
 
-    def __init__(self, kv: KVCache, page_tables: list[list[int]], lengths: list[int]) -> None:
+    def __init__(self, kv: PagedCache, page_tables: list[list[int]], lengths: list[int]) -> None:
         if len(page_tables) != len(lengths):
             raise ValueError(f"{len(page_tables) = }, expected {len(lengths) = }")
         for i, (table, length) in enumerate(zip(page_tables, lengths)):

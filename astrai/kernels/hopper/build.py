@@ -123,7 +123,7 @@ def _loaded(source: Source, shared_bytes: int, device: int) -> Any:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What `astrai.kernels.triton.launch.launch` takes."""
+    """What `astrai.kernels.gpu.launch.launch` takes."""
 
     source: Source
     threads: int

@@ -1,6 +1,6 @@
 """Products on Hopper: with 2 to 256 rows, and gate, up and SiLU of any more.
 
-The same as `astrai.kernels.triton.product`, with what a Triton program cannot have: columns that
+The same as `astrai.kernels.gpu.product`, with what a Triton program cannot have: columns that
 need not be a power of two, so that one wave of blocks owns all of a weight; rows in steps of 16;
 and weights that come while the kernel before still runs. See product.cu.
 """
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from astrai.kernels.gpu.launch import launch
 from astrai.kernels.hopper.build import SHARED_BYTES, Kernel, Source, tensor_map
-from astrai.kernels.triton.launch import launch
 
 MOST_ROWS = 256  # of one tile
 # Numbers of a weight that is worth it, and of one that is large.

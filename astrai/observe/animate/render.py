@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from astrai.config import EngineConfig
 from astrai.observe.animate.story import cache_story, moments
-from astrai.observe.record import Recording
+from astrai.observe.recording import Recording
 
 Part = Literal["all", "batching", "cache"]
 Quality = Literal["low", "medium", "high", "4k"]
@@ -93,8 +93,8 @@ def measured(path: Path) -> tuple[float, int]:
 async def small_run(model: str, recording: Path) -> None:
     """The story of both scenes: A grows, B is beside it, C shares A's first page, others wait."""
     from astrai.bench._common import text_prompt
-    from astrai.inference.async_engine import AsyncEngine
-    from astrai.inference.sampling_params import SamplingParams
+    from astrai.front.async_engine import AsyncEngine
+    from astrai.front.sampling_params import SamplingParams
 
     config = EngineConfig(
         model=model, max_slots=5, kv_tokens=640, page_size=64, prefill_budget=256,

@@ -336,7 +336,7 @@ class _Cache:
     def _shapes(self) -> None:
         f = self.film.facts
         lines = VGroup(
-            _code("KVCache(", 24),
+            _code("PagedCache(", 24),
             _code(f"n_layers={f.n_layers}, n_pages={f.n_pages}, page_size={f.page_size},", 24),
             _code(f"n_kv_heads={f.n_kv_heads}, head_dim={f.head_dim})", 24),
             _code(

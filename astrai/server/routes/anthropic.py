@@ -6,11 +6,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from astrai.server import anthropic
-from astrai.server.anthropic import CountRequest, MessageReply, MessagesRequest
-from astrai.server.dialects import asked_of
+from astrai.server.dialects import anthropic
+from astrai.server.dialects.anthropic import CountRequest, MessageReply, MessagesRequest
+from astrai.server.dialects.shared import asked_of
 from astrai.server.edge import Edge
-from astrai.server.fields import schema_of
+from astrai.server.http.fields import schema_of
 
 
 def mount(app: FastAPI, edge: Edge) -> None:

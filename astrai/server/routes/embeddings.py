@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from astrai.server import embeddings
+from astrai.server.chat.prompts import encoded
+from astrai.server.dialects import embeddings
 from astrai.server.edge import Edge
-from astrai.server.fields import schema_of
-from astrai.server.prompts import encoded
+from astrai.server.http.fields import schema_of
 
 
 def mount(app: FastAPI, edge: Edge) -> None:

@@ -12,8 +12,8 @@ from astrai.observe.live.hub import Hub, TooManyViewers
 from astrai.observe.live.page import page
 from astrai.observe.live.source import LiveSource
 from astrai.server.edge import Edge
-from astrai.server.errors import ApiError
-from astrai.server.streaming import EventStream
+from astrai.server.http.errors import ApiError
+from astrai.server.http.streaming import EventStream
 
 
 def mount(app: FastAPI, edge: Edge) -> None:

@@ -10,8 +10,8 @@ from astrai.observe.metrics import CONTENT_TYPE
 from astrai.observe.watch import Watch
 from astrai.observe.why import told
 from astrai.server.edge import Edge
-from astrai.server.errors import ApiError
-from astrai.server.guard import namespace_of
+from astrai.server.http.errors import ApiError
+from astrai.server.http.guard import namespace_of
 
 
 def mount(app: FastAPI, edge: Edge, watch: Watch) -> None:

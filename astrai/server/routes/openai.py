@@ -8,11 +8,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from astrai.server import openai
+from astrai.server.chat.prompts import chat_asked, echoed, encoded
+from astrai.server.dialects import openai
+from astrai.server.dialects.replies import ChatReply, CompletionReply
 from astrai.server.edge import Edge
-from astrai.server.fields import schema_of
-from astrai.server.prompts import chat_asked, echoed, encoded
-from astrai.server.replies import ChatReply, CompletionReply
+from astrai.server.http.fields import schema_of
 
 
 def mount(app: FastAPI, edge: Edge) -> None:

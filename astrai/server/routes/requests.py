@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from astrai.server.edge import Edge
-from astrai.server.guard import namespace_of
+from astrai.server.http.guard import namespace_of
 
 
 def mount(app: FastAPI, edge: Edge) -> None:

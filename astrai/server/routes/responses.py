@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from astrai.server import responses
-from astrai.server.dialects import asked_of
+from astrai.server.dialects import responses
+from astrai.server.dialects.responses import ResponseReply, ResponseRequest
+from astrai.server.dialects.shared import asked_of
 from astrai.server.edge import Edge
-from astrai.server.fields import schema_of
-from astrai.server.responses import ResponseReply, ResponseRequest
+from astrai.server.http.fields import schema_of
 
 
 def mount(app: FastAPI, edge: Edge) -> None:

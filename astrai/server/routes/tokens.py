@@ -8,11 +8,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from astrai.server import tokens
+from astrai.server.chat.prompts import chat_prompt, encoded
+from astrai.server.dialects import tokens
+from astrai.server.dialects.openai import chat_conversation
 from astrai.server.edge import Edge, off_loop
-from astrai.server.fields import schema_of
-from astrai.server.openai import chat_conversation
-from astrai.server.prompts import chat_prompt, encoded
+from astrai.server.http.fields import schema_of
 
 
 def mount(app: FastAPI, edge: Edge) -> None:

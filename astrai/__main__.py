@@ -1,0 +1,5 @@
+"""`python -m astrai`."""
+
+from astrai.cli import main
+
+main()

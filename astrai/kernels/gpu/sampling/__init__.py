@@ -1,0 +1,1 @@
+"""Sampling as GPU kernels: edits of logits, sums, thresholds, draws and scores."""

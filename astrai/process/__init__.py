@@ -1,0 +1,1 @@
+"""The engine and its edges as processes: links, messages between them, supervision."""

@@ -1,0 +1,1 @@
+"""Plans into kernels: models, memory, sampling and launches of one device."""

@@ -1,0 +1,1 @@
+"""From logits to tokens: the general sampler, which every faster path agrees with."""

@@ -1,0 +1,1 @@
+"""Conversations as models read them, and what they write: tools, reasoning, constraints."""

@@ -1,0 +1,1 @@
+"""Connections, keys, limits, errors and logs: HTTP without the words of any API."""
